@@ -1,0 +1,90 @@
+"""What every benchmark shares: the machine's description, and a process measured from outside."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished process: seconds, and the highest memory seen, in MiB."""
+
+    seconds: float
+    peak: float  # resident, of the whole process: the kernel's own high-water mark
+    anonymous: float  # of it private to the process, without mapped files; sampled every 10 ms
+    stdout: str
+
+
+def run(*command: str, cwd: Path | None = None) -> Measured:
+    """Run a command to its end; raises CalledProcessError with its stderr if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    peak = anonymous = 0.0
+    while process.poll() is None:
+        status = _status(process.pid)
+        peak = max(peak, status.get("VmHWM", 0.0))
+        anonymous = max(anonymous, status.get("RssAnon", 0.0))
+        time.sleep(0.01)
+    seconds = time.perf_counter() - start
+    out, err = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return Measured(seconds, peak, anonymous, out)
+
+
+def ferrotype(*arguments: str) -> tuple[str, ...]:
+    """The command line of this very installation."""
+    return (sys.executable, "-c", "from ferrotype.cli import main; main()", *arguments)
+
+
+def _status(pid: int) -> dict[str, float]:
+    """The memory lines of /proc/PID/status in MiB; empty once the process is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.rstrip().endswith(" kB"))
+    return {key: int(value.split()[0]) / 1024 for key, value in pairs}
+
+
+def describe(*packages: str) -> str:
+    """Machine, threads, commit and versions, for the top of a result."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    versions = ", ".join(f"{p} {_version(p)}" for p in ("numpy", "onnxruntime", *packages))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB; {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}; {versions}; "
+        f"commit {commit or 'unknown'}"
+    )
+
+
+def _cpu() -> str:
+    """The processor's kind and its vector units, as the kernel lists them."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    units = [u for u in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if u in flags]
+    name = next((line.split(": ")[1] for line in text.splitlines() if "model name" in line), "CPU")
+    return f"{name} ({', '.join(units) or platform.machine()})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

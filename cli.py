@@ -1,0 +1,517 @@
+"""The command line: every command translates its arguments, calls one function and prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._version import __version__
+from .errors import FerrotypeError
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .runtime.pipeline import Pipeline
+    from .runtime.samplers import Step
+
+MAX_SEED = 2**64 - 1
+SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "tcd", "unipc")
+SPACINGS = ("leading", "trailing", "linspace", "lcm")
+RNGS = ("torch", "numpy", "pcg64")
+STRENGTH = "How much of the picture to change, 0 to 1.  [default: 0.6]"
+
+
+class Size(click.ParamType):
+    """`512x768` (width x height) or `512` for a square."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", value.strip().lower())
+        if not match:
+            self.fail(f"{value!r} is not a size: write WIDTHxHEIGHT, for example 512x512")
+        return int(match[1]), int(match[2] or match[1])
+
+
+class Commands(click.Group):
+    """Turns what goes wrong outside the program into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FerrotypeError as error:
+            raise click.ClickException(printable(str(error))) from error
+        except KeyboardInterrupt as stop:
+            click.echo("Error: interrupted; what was unfinished is removed", err=True)
+            ctx.exit(stop.args[0] if stop.args else 130)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(printable(f"{where}{error.strerror or error}")) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory: try a smaller --size") from error
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """A ValueError about an argument is a usage error: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(printable(str(error))) from error
+
+
+def printable(text: str) -> str:
+    """`text` as one line that moves no cursor: file names and bundles are others' words."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def terminate(*_: object) -> None:
+    raise KeyboardInterrupt(143)  # unwinds, so that clean-up runs
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ferrotype")
+def main() -> None:
+    """Stable Diffusion for edge devices: checked conversion, few steps, no torch to draw.
+
+    \b
+    Example:
+        ferrotype generate "a red apple on a sky blue background" -o apple.png
+    """
+    signal.signal(signal.SIGTERM, terminate)
+    warnings.showwarning = lambda message, *_: click.echo(
+        f"note: {printable(str(message))}", err=True
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+BUNDLE = FILE = click.Path(path_type=Path)
+size_option = click.option("--size", type=Size(), help="WIDTHxHEIGHT, or one number for a square.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+sampler_options = [
+    click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's."),
+    click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: the bundle's."),
+    click.option("--spacing", type=click.Choice(SPACINGS), help="Timesteps of another sampler."),
+]
+
+
+def with_options(options: Sequence[Any]) -> Any:
+    """Apply several options to a command, shown in the order given."""
+
+    def apply(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+# --- convert ------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=BUNDLE, help="Default: the checkpoint's name with .ferro.")
+@click.option("--target", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option("--weights", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True)
+@click.option(
+    "--activations", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True
+)
+@size_option
+@click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
+@click.option("--licence", help="Licence of the model.  Default: what its model card says.")
+@click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
+@json_option
+def convert(
+    checkpoint, output, target, weights, activations, size, name, licence, force, as_json
+):  # fmt: skip
+    """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
+
+    Every component is compared with the original after it was written, and so is a picture; below
+    the floor nothing is kept.  fp16 activations are for devices that compute in fp16.  With --size
+    only that size can be drawn; by default every multiple of 8 can.
+
+    \b
+    Example:
+        ferrotype convert stable-diffusion-v1-5/ -o sd15.ferro
+    """
+    from .convert import STAGES
+    from .convert import convert as convert_checkpoint
+
+    output = output or Path(f"{checkpoint.resolve().name}.ferro")
+    with Progress("convert", STAGES) as progress:
+        bundle = convert_checkpoint(
+            checkpoint,
+            output,
+            target,
+            weights,
+            activations,
+            size,
+            name,
+            licence,
+            force,
+            progress.stage,
+        )
+    if as_json:
+        click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
+        return
+    click.echo(parity_table(bundle.manifest.parity))
+    for note in bundle.manifest.parity["notes"]:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.option("-b", "--bundle", type=BUNDLE, help="Default: the embedded emoji model.")
+@click.option("-o", "--output", type=FILE, help="PNG to write.  Default: named after the prompt.")
+@with_options(sampler_options)
+@click.option("--guidance", type=click.FloatRange(0, 50), help="0 and 1: none. Default: bundle's.")
+@click.option("--negative", default="", metavar="PROMPT", help="What to keep away from.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@click.option("--rng", type=click.Choice(RNGS), default="torch", show_default=True)
+@size_option
+@click.option("--image", type=FILE, help="Picture to start from.")
+@click.option("--strength", type=click.FloatRange(0, 1, min_open=True), help=STRENGTH)
+@click.option("--count", type=click.IntRange(1, 1000), default=1, help="Pictures; seeds count up.")
+@click.option("--preview", type=click.IntRange(1), metavar="N", help="Also write every Nth step.")
+@click.option("--preview-decoder", is_flag=True, help="Previews by the decoder: slower, exact.")
+@click.option("--grid", type=FILE, help="Also write all pictures on one sheet.")
+@click.option("--threads", type=click.IntRange(1, 64), help="Default: one per core.")
+@click.option("-f", "--force", is_flag=True, help="Replace files.")
+@json_option
+def generate(
+    prompts, bundle, output, steps, sampler, spacing, guidance, negative, seed, rng, size, image,
+    strength, count, preview, preview_decoder, grid, threads, force, as_json,
+):  # fmt: skip
+    """Draw PROMPT with a bundle; several prompts and --count make several pictures.
+
+    \b
+    Example:
+        ferrotype generate "a penguin on a pink background" -o penguin.png --seed 7
+    """
+    from .runtime import pictures, samplers
+    from .runtime.pipeline import Pipeline
+
+    if strength is not None and image is None:
+        raise click.UsageError("--strength needs --image")
+    if preview_decoder and not preview:
+        raise click.UsageError("--preview-decoder needs --preview")
+    if seed + count - 1 > MAX_SEED:
+        raise click.UsageError(f"--seed {seed} and {count - 1} more go past {MAX_SEED}")
+    chosen = {
+        "steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance,
+        "negative": negative, "rng": rng, "size": size, "strength": strength or 0.6,
+        "image": image and pictures.open_picture(image),
+    }  # fmt: skip
+    jobs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
+    paths = output_paths(output, jobs)
+    with usage():
+        pipe = Pipeline.load(bundle, threads)
+        # Arguments are checked here; nothing is loaded before the first step is asked for.
+        runs = [pipe.steps(prompt, seed=one, **chosen) for prompt, one in jobs]
+        recipe = pipe.recipe(steps, sampler, guidance, spacing)
+        total = len(samplers.table(recipe, chosen["strength"] if image else None).rows)
+    shown_at = range(preview, total + 1, preview) if preview else ()
+    shown = [step_path(path, index, total) for path in paths for index in shown_at]
+    files = [*paths, *shown, *([grid] if grid else [])]
+    for path, times in Counter(files).items():
+        if times > 1:
+            raise click.UsageError(f"{path} would be written twice: choose another name")
+        pictures.check_free(path, force)
+    latents = []
+    with Progress("text encoder", 1) as progress:
+        for prompt in dict.fromkeys(prompts):
+            if not prompt.strip():
+                click.echo("note: the prompt is empty: the model draws what it likes", err=True)
+            pipe.encode(prompt)
+        for run, path in zip(runs, paths, strict=True):
+            for step in progress.steps(run, path.name):
+                if step.index in shown_at:
+                    guess = pipe.preview(step, preview_decoder)
+                    pictures.save_png(guess, step_path(path, step.index, total), {}, force)
+            latents.append(step.latents)
+        drawn = []
+        for latent, path, (prompt, one) in zip(latents, paths, jobs, strict=True):
+            drawn.append(pipe.decode(latent))
+            text = run_settings(pipe, prompt, one, chosen)
+            pictures.save_png(drawn[-1], path, text, force)
+            click.echo(json.dumps({"path": str(path), **text}) if as_json else str(path))
+    if grid:
+        rows = [drawn[i : i + count] for i in range(0, len(drawn), count)]
+        pictures.save_png(pictures.contact_sheet(rows), grid, {}, force)
+        click.echo(json.dumps({"path": str(grid)}) if as_json else str(grid))
+
+
+def output_paths(output: Path | None, jobs: Sequence[tuple[str, int]]) -> list[Path]:
+    """A file per picture: `output`, numbered if there are several, or the prompt and the seed."""
+    if output is None:
+        names = [f"{slug(prompt)}-{seed}" for prompt, seed in jobs]
+        numbered = [f"{n}-{i}" if names.count(n) > 1 else n for i, n in enumerate(names, 1)]
+        return [Path(f"{name}.png") for name in numbered]
+    if output.suffix.lower() != ".png":
+        raise click.UsageError(f"-o {output}: pictures are PNG, name it {output.stem}.png")
+    if len(jobs) == 1:
+        return [output]
+    digits = len(str(len(jobs)))
+    return [output.with_stem(f"{output.stem}-{i:0{digits}}") for i in range(1, len(jobs) + 1)]
+
+
+def slug(prompt: str) -> str:
+    """A file name from a prompt: ASCII words of it, at most 40 characters."""
+    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40].strip("-") or "picture"
+
+
+def step_path(path: Path, index: int, total: int) -> Path:
+    return path.with_stem(f"{path.stem}-step{index:0{len(str(total))}}")
+
+
+def run_settings(pipe: Pipeline, prompt: str, seed: int, chosen: dict[str, Any]) -> dict[str, str]:
+    """What the PNG says about its making: enough to make it again."""
+    recipe = pipe.recipe(*(chosen[k] for k in ("steps", "sampler", "guidance", "spacing")))
+    width, height = chosen["size"] or pipe.manifest.sizes.default
+    text = {
+        "prompt": prompt,
+        "negative": chosen["negative"],
+        "seed": str(seed),
+        "rng": chosen["rng"],
+        "sampler": recipe.sampler,
+        "steps": str(recipe.steps),
+        "guidance": f"{recipe.guidance:g}",
+        "size": f"{width}x{height}",
+        "strength": f"{chosen['strength']:g}" if chosen["image"] else "",
+        "bundle": pipe.manifest.model,
+        "bundle_sha256": pipe.bundle.sha256,
+        "software": f"ferrotype {__version__}",
+    }
+    return {key: value for key, value in text.items() if value or key == "prompt"}
+
+
+# --- inspect, verify, plan ----------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("path", type=BUNDLE, required=False)
+@json_option
+def inspect(path: Path | None, as_json: bool) -> None:
+    """Show what is in a bundle, or with what a PNG was drawn.  Default: the embedded bundle.
+
+    \b
+    Example:
+        ferrotype inspect apple.png
+    """
+    if path is not None and path.is_file() and path.name != "manifest.json":
+        from .runtime.pictures import read_text
+
+        settings = read_text(path)
+        if not settings and not as_json:
+            raise FerrotypeError(f"{path} says nothing of how it was drawn")
+        click.echo(json.dumps(settings) if as_json else columns(settings.items()))
+        return
+    bundle = open_bundle(path)
+    click.echo(bundle_json(bundle) if as_json else describe(bundle))
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE, required=False)
+@json_option
+def verify(bundle: Path | None, as_json: bool) -> None:
+    """Hash every file of BUNDLE and compare with its manifest.  Default: the embedded bundle.
+
+    \b
+    Example:
+        ferrotype verify sd15.ferro
+    """
+    from .bundle import verify as hash_all
+
+    opened = open_bundle(bundle)
+    total = sum(file.bytes for file in opened.manifest.files.values())
+    with Progress("verify", total) as progress:
+        problems = hash_all(opened, progress.advance)
+    if as_json:
+        click.echo(json.dumps({"sha256": opened.sha256, "problems": problems}))
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    if problems:
+        sys.exit(1)
+    if not as_json:
+        count = len(opened.manifest.files)
+        click.echo(f"{opened.folder}: {count} files, {mib(total)}, all as the manifest says")
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE, required=False)
+@with_options(sampler_options)
+@click.option("--strength", type=click.FloatRange(0, 1, min_open=True), help=STRENGTH)
+@click.option("--sampler-table", is_flag=True, help="Print the coefficients of every step.")
+@click.option("-o", "--output", type=FILE, help="Save the sampler table as JSON.")
+@click.option("-f", "--force", is_flag=True, help="Replace a file.")
+@json_option
+def plan(bundle, steps, sampler, spacing, strength, sampler_table, output, force, as_json):
+    """Show what drawing with BUNDLE will do, before it is done.  Default: the embedded bundle.
+
+    \b
+    Example:
+        ferrotype plan --sampler-table --steps 8 -o lcm8.json
+    """
+    from .runtime import pictures, samplers
+    from .runtime.pipeline import Pipeline
+
+    with usage():
+        pipe = Pipeline(open_bundle(bundle))
+        table = samplers.table(pipe.recipe(steps, sampler, None, spacing), strength)
+    if output:
+        with pictures.new_file(output, force) as stream:
+            stream.write(samplers.to_json(table).encode())
+        click.echo(str(output))
+    elif sampler_table:
+        click.echo(samplers.to_json(table) if as_json else samplers.format_table(table))
+    else:
+        stages = pipe.stages(len(table.rows), image=strength is not None)
+        rows = [{"component": n, "bytes": b, "runs": r} for n, b, r in stages]
+        lines = [(n, mib(b), f"load, run {r} x, free") for n, b, r in stages]
+        click.echo(json.dumps(rows) if as_json else columns(lines))
+
+
+def open_bundle(path: Path | None) -> Bundle:
+    from .bundle import load
+    from .runtime.pipeline import EMBEDDED
+
+    return load(path or EMBEDDED)
+
+
+class Progress:
+    """A bar on stderr, if a person is watching; results on stdout are never mixed with it."""
+
+    def __init__(self, label: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        parts = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(
+            *parts, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task(label, total=total)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def stage(self, label: str) -> None:
+        """The next of `total` stages begins."""
+        self._bar.update(self._task, description=label, advance=1)
+
+    def advance(self, count: int) -> None:
+        self._bar.update(self._task, advance=count)
+
+    def steps(self, run: Iterable[Step], label: str) -> Iterator[Step]:
+        """Pass on the steps of a run, showing how many of them are done."""
+        self._bar.update(self._task, description=label, completed=0)
+        for step in run:
+            self._bar.update(self._task, total=step.total, completed=step.index)
+            yield step
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def describe(bundle: Bundle) -> str:
+    """A bundle for a person: what it is, its parts, its recipe and its parity."""
+    m = bundle.manifest
+    parts = [
+        (name, mib(bundle.bytes_of(part.path)), shapes(part.inputs), "->", shapes(part.outputs))
+        for name, part in m.components.items()
+    ]
+    recipe = m.recipe
+    head = [
+        ("model", f"{m.model} ({m.family}), licence {m.licence}"),
+        ("target", f"{m.target}, {m.precision.weights} weights, {m.precision.activations} inside"),
+        ("sizes", sizes_text(m.sizes)),
+        ("recipe", f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}, "
+                   f"{recipe.prediction_type}, {recipe.spacing} timesteps"),
+        ("source", f"{m.source.name}, sha256 {m.source.sha256}"),
+        ("made by", m.tool),
+        ("sha256", bundle.sha256),
+    ]  # fmt: skip
+    return "\n\n".join([columns(head), columns(parts), parity_table(m.parity)])
+
+
+def bundle_json(bundle: Bundle) -> str:
+    from .bundle import dumps
+
+    return json.dumps({"sha256": bundle.sha256, **json.loads(dumps(bundle.manifest))}, indent=1)
+
+
+def parity_table(parity: dict[str, Any]) -> str:
+    """The report of a conversion as a table."""
+    try:
+        return columns(parity_rows(parity))
+    except (KeyError, TypeError, ValueError, AttributeError):  # it is free-form to the format
+        return "the parity report is of a form unknown to this ferrotype; --json prints it"
+
+
+def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("compared with the original", "PSNR dB", "floor", "cosine", "max error", "headroom")
+    ]
+    floors = parity.get("floors", {})
+    for name, outputs in parity.get("components", {}).items():
+        for output, r in outputs.items():
+            rows.append((
+                f"{name} {output}", f"{r['psnr']:.1f}", f"{floors['component']:.0f}",
+                f"{r['cosine']:.7f}", f"{r['max_error']:.2g}", f"{r['fp16_headroom']:.0f} x",
+            ))  # fmt: skip
+    picture = parity.get("picture")
+    if picture:
+        name = f"picture: {picture['sampler']}, {picture['steps']} steps, seed {picture['seed']}"
+        psnr, error = f"{picture['psnr']:.1f}", f"{picture['max_error']:.2g}"
+        rows.append((name, psnr, f"{floors['picture']:.0f}", "", error, ""))
+    return rows
+
+
+def sizes_text(sizes: Any) -> str:
+    if sizes.allowed is not None:
+        return ", ".join(f"{w}x{h}" for w, h in sizes.allowed)
+    width, height = sizes.default
+    bounds = f"multiples of {sizes.multiple} from {sizes.minimum} to {sizes.maximum}"
+    return f"{width}x{height} by default, {bounds}"
+
+
+def shapes(tensors: dict[str, Any]) -> str:
+    texts = (f"{n}({', '.join(map(str, t.shape))})" for n, t in tensors.items())
+    return " ".join(texts)
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def columns(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as aligned text; numbers and sizes are not told apart, all is left-aligned."""
+    lines = [list(map(printable, row)) for row in rows]
+    count = max(map(len, lines), default=0)
+    widths = [max((len(r[i]) for r in lines if i < len(r)), default=0) for i in range(count)]
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(padded)

@@ -1,0 +1,87 @@
+"""Which layer lost it: every layer of an exported graph beside the same layer in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+
+from ..parity import psnr
+from .modules import wrap
+
+ROUNDING = 100.0  # dB; how far above this a layer is says nothing about damage
+REAL = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+
+def blame(
+    component: str, module: torch.nn.Module, folder: Path, inputs: dict[str, np.ndarray]
+) -> list[tuple[str, float]]:
+    """Compare every layer that has weights on the same inputs: (layer, PSNR) as they are executed.
+
+    Layers that the exporter folded into constants are left out. All outputs are held in memory.
+    """
+    expected = _torch_outputs(component, module, inputs)
+    found = _graph_outputs(folder, list(expected), inputs)
+    return [(layer, psnr(expected[layer], value)) for layer, value in found.items()]
+
+
+def worst(
+    component: str, module: torch.nn.Module, folder: Path, inputs: dict[str, np.ndarray]
+) -> tuple[str, float]:
+    """The layer that loses most against the worst layer before it, and its PSNR."""
+    lowest, falls = ROUNDING, []
+    for layer, value in blame(component, module, folder, inputs):
+        falls.append((lowest - value, layer, value))
+        lowest = min(lowest, value)
+    _, layer, value = max(falls, key=lambda fall: fall[0])
+    return layer, value
+
+
+def _torch_outputs(
+    component: str, module: torch.nn.Module, inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    wrapper = wrap(component, module)
+    outputs: dict[str, np.ndarray] = {}
+
+    def watch(name: str):
+        def hook(_module, _inputs, output):
+            outputs[name] = output.numpy().copy()
+
+        return hook
+
+    for name, layer in wrapper.module.named_modules():
+        if not any(layer.children()) and any(True for _ in layer.parameters()):
+            layer.register_forward_hook(watch(name))
+    values = (torch.from_numpy(np.asarray(value)) for value in inputs.values())
+    with torch.no_grad():
+        wrapper(*(v.float() if v.is_floating_point() else v for v in values))
+    return outputs
+
+
+def _graph_outputs(
+    folder: Path, layers: list[str], inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Run a copy of the graph, held in memory, whose outputs are those of the layers."""
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    values = [*model.graph.value_info, *model.graph.output]
+    real = {v.name for v in values if v.type.tensor_type.elem_type in REAL}  # the rest are sizes
+    nodes = [node for node in model.graph.node if node.output[0] in real]
+    last = {node.name.rpartition("/")[0]: node.output[0] for node in nodes}
+    layers = [layer for layer in layers if layer in last]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=last[layer]) for layer in layers)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    feeds = {i.name: inputs[i.name].astype(kinds[i.type]) for i in session.get_inputs()}
+    outputs = session.run(None, feeds)
+    return {layer: np.asarray(v, np.float32) for layer, v in zip(layers, outputs, strict=True)}

@@ -1,0 +1,302 @@
+"""Checkpoint to bundle: record the original, export, compare what was written, and only then save.
+
+One component is in memory at a time, and each is exported right after it was recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import bundle as bundles
+from .. import parity
+from .._version import __version__
+from ..bundle import Bundle, Component, Manifest, Precision, Sizes, Source, Tensor
+from ..runtime.engines import open_engine
+from ..runtime.pipeline import Pipeline
+from ..runtime.tokenizer import Tokenizer
+from . import modules, onnx, recipe, reference, tokenizer
+from .blame import worst
+from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
+from .reference import PROMPT, SEED, Reference, Run
+
+Progress = Callable[[str], None]
+VAE_PARTS = ("vae_decoder", "vae_encoder")
+WORST_LAYERS = 3  # of a component's census, named in the report
+
+
+def build(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    precision: Precision,
+    size: tuple[int, int] | None,
+    name: str | None,
+    licence: str | None,
+    force: bool,
+    progress: Progress,
+) -> Bundle:
+    """Convert a checkpoint to an ONNX bundle; see `ferrotype.convert`."""
+    with modules.quiet(), bundles.staging(out, force) as staged:
+        checkpoint = open_checkpoint(Path(folder))
+        checkpoint = dataclasses.replace(
+            checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
+        )
+        job = _Job(checkpoint, staged, precision, size, progress)
+        bundle = Bundle(staged, job.manifest())
+        report = job.check(bundle)
+        progress("hash")
+        manifest = dataclasses.replace(bundle.manifest, parity=report)
+        return bundles.save(staged, out, manifest, force)
+
+
+class _Job:
+    """The state of one conversion: what was recorded so far, and where the files go."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        staged: Path,
+        precision: Precision,
+        size: tuple[int, int] | None,
+        progress: Progress,
+    ) -> None:
+        try:
+            self.floors = parity.floors(precision.weights, precision.activations)
+            self.sizes = _sizes(checkpoint, size)
+        except ValueError as error:
+            raise ConvertError(str(error)) from None
+        self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
+        self.size, self.progress = size, progress
+        self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
+        shortened = dataclasses.replace(
+            self.recipe, steps=min(self.recipe.steps, reference.MAX_STEPS)
+        )
+        self.reference = Reference(shortened, self.sizes.default)
+        self.underflow: dict[str, int] = {}
+
+    # --- recording and exporting ----------------------------------------------------------------
+
+    def manifest(self) -> Manifest:
+        """Record and export every component into the staged folder."""
+        self.tokens = tokenizer.write_tokenizer(self.checkpoint, self.staged)
+        components = {
+            "text_encoder": self._text_encoder(),
+            "unet": self._unet(),
+            **self._vae(),
+        }
+        self._copy_ecosystem_files()
+        return Manifest(
+            format=bundles.FORMAT,
+            tool=f"ferrotype {__version__}",
+            model=self.checkpoint.name,
+            family=self.checkpoint.family,
+            target="onnx",
+            licence=self.checkpoint.license,
+            source=Source(self.checkpoint.folder.resolve().name, source_hash(self.checkpoint)),
+            precision=self.precision,
+            sizes=self.sizes,
+            recipe=self.recipe,
+            preview=tuple(map(_three_digits, self.reference.preview)),
+            tokenizers={"tokenizer": self.tokens},
+            components=components,
+            parity={},
+        )
+
+    def _text_encoder(self) -> Component:
+        self.progress("record text_encoder")
+        module = modules.text_encoder(self.checkpoint)
+        source = tokenizer.original(self.checkpoint)
+        prompts = (PROMPT, *reference.OTHER_PROMPTS)
+        tokens = [tokenizer.original_ids(source, p, self.tokens.max_length) for p in prompts]
+        with modules.census(module) as census:
+            self.reference.runs["text_encoder"] = reference.record_text(module, tokens)
+        return self._export("text_encoder", module, census)
+
+    def _unet(self) -> Component:
+        self.progress("record unet")
+        module = modules.unet(self.checkpoint)
+        states = [r.outputs["last_hidden_state"] for r in self.reference.runs["text_encoder"]]
+        text = {"prompt": states[0], "negative": states[1]}
+        scale = self.checkpoint.vae_scale
+        with modules.census(module) as census:
+            self.reference.runs["unet"] = reference.record_unet(module, self.reference, text, scale)
+        return self._export("unet", module, census)
+
+    def _vae(self) -> dict[str, Component]:
+        self.progress("record vae")
+        module = modules.vae(self.checkpoint)
+        with modules.census(module) as census:
+            self.reference.runs |= reference.record_vae(
+                module, self.reference, self.checkpoint.vae_scale
+            )
+        return {name: self._export(name, module, census) for name in VAE_PARTS}
+
+    def _export(
+        self, name: str, module: Any, census: dict[str, tuple[float, int, int]]
+    ) -> Component:
+        census = _of_component(name, census)
+        self._check_census(name, census)
+        self.reference.census[name] = census
+        self.progress(f"export {name}")
+        config = self._config(name)
+        scale = self.checkpoint.vae_scale
+        latents = self.size and (self.size[0] // scale, self.size[1] // scale)
+        made = onnx.export(
+            name,
+            module,
+            config,
+            self.staged / name,
+            latents,
+            self.precision.weights,
+            self.precision.activations,
+        )
+        self.underflow |= made["fp16_underflow"]
+        gc.collect()
+        return Component(name, config, _tensors(made["inputs"]), _tensors(made["outputs"]))
+
+    def _config(self, name: str) -> dict[str, Any]:
+        return self.checkpoint.configs["vae" if name in VAE_PARTS else name]
+
+    def _check_census(self, name: str, census: dict[str, tuple[float, int, int]]) -> None:
+        """Refuse what is broken before it is converted, and what fp16 could not hold."""
+        for layer, (largest, nan, inf) in census.items():
+            if nan or inf:
+                raise ConvertError(
+                    f"the original returns {nan} NaN and {inf} Inf in {name}, layer {layer}: "
+                    "the checkpoint is damaged"
+                )
+            if self.precision.activations == "fp16" and largest >= parity.FP16_MAX:
+                raise ConvertError(
+                    f"{name}: layer {layer} reaches {largest:.3g}, fp16 ends at "
+                    f"{parity.FP16_MAX:.0f}: use --activations fp32"
+                )
+
+    def _copy_ecosystem_files(self) -> None:
+        """What other tools look for beside the component folders."""
+        shutil.copyfile(
+            self.checkpoint.folder / "model_index.json", self.staged / "model_index.json"
+        )
+        scheduler = self.staged / "scheduler"
+        scheduler.mkdir()
+        text = json.dumps(self.checkpoint.scheduler, indent=2, sort_keys=True)
+        (scheduler / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
+
+    # --- checking -------------------------------------------------------------------------------
+
+    def check(self, bundle: Bundle) -> dict[str, Any]:
+        """Compare the written bundle with the recorded original; the report for the manifest.
+
+        Raises ParityError below a floor.
+        """
+        self._check_tokenizer(bundle)
+        components = {name: self._check_component(bundle, name) for name in self.reference.runs}
+        recipe = self.reference.recipe
+        return {
+            "floors": self.floors,
+            "components": components,
+            "picture": {
+                "prompt": PROMPT,
+                "seed": SEED,
+                "size": list(self.reference.size),
+                "sampler": recipe.sampler,
+                "steps": recipe.steps,
+                "guidance": recipe.guidance,
+                **self._check_picture(bundle),
+            },
+            "census": {name: _worst(census) for name, census in self.reference.census.items()},
+            "fp16_underflow": sum(self.underflow.values()),
+            "notes": self.notes,
+        }
+
+    def _check_tokenizer(self, bundle: Bundle) -> None:
+        encode = Tokenizer(bundle)
+        prompts = (PROMPT, *reference.OTHER_PROMPTS)
+        for prompt, run in zip(prompts, self.reference.runs["text_encoder"], strict=True):
+            if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
+                raise ConvertError(
+                    f"tokenizer.json encodes {prompt!r} unlike transformers' CLIPTokenizer: "
+                    "is it another model's?"
+                )
+
+    def _check_component(self, bundle: Bundle, name: str) -> dict[str, Any]:
+        self.progress(f"check {name}")
+        engine = open_engine(bundle, name)
+        runs = self.reference.runs[name]
+        found = [engine(run.inputs) for run in runs]
+        report = {}
+        for output in runs[0].outputs:
+            result = parity.compare([r.outputs[output] for r in runs], [f[output] for f in found])
+            if result.psnr < self.floors["component"]:
+                hint = self._blame(name, runs[0])
+                parity.check(f"{name} {output}", result.psnr, self.floors["component"], hint)
+            report[output] = parity.as_json(result)
+        return report
+
+    def _blame(self, name: str, run: Run) -> str:
+        """Which layer lost it, found by running the original once more beside the graph."""
+        make = modules.vae if name in VAE_PARTS else getattr(modules, name)
+        layer, found = worst(name, make(self.checkpoint), self.staged / name, run.inputs)
+        return f"; it is lost in layer {layer} ({found:.1f} dB)"
+
+    def _check_picture(self, bundle: Bundle) -> dict[str, float]:
+        self.progress("check the picture")
+        pipe = Pipeline(bundle)
+        *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps)
+        picture = pipe.decode_array(last.latents)
+        found = parity.psnr(self.reference.picture, picture, peak=1.0)
+        parity.check("the picture", found, self.floors["picture"])
+        difference = float(np.abs(picture - self.reference.picture).max())
+        return {"psnr": round(found, 2), "max_error": float(f"{difference:.3g}")}
+
+
+def _sizes(checkpoint: Checkpoint, size: tuple[int, int] | None) -> Sizes:
+    """The sizes that the graphs will take; `size` is the only one if it is given."""
+    scale = checkpoint.vae_scale
+    if size is not None:
+        for side in size:
+            if side % scale or side < scale:
+                raise ValueError(f"size {size[0]}x{size[1]}: {side} is no multiple of {scale}")
+        return Sizes(size, scale, min(size), max(size), (size,))
+    side = checkpoint.configs["unet"].get("sample_size", 64)
+    default = tuple(scale * s for s in (side if isinstance(side, list) else (side, side)))
+    least = min(scale * 2 ** len(checkpoint.configs["unet"]["down_block_types"]), *default)
+    return Sizes((default[0], default[1]), scale, least, max(2048, *default))
+
+
+def _of_component(name: str, census: dict) -> dict[str, tuple[float, int, int]]:
+    """The layers of one half of the VAE; of any other component, all."""
+    if name not in VAE_PARTS:
+        return census
+    other = "encoder" if name == "vae_decoder" else "decoder"
+    mine = (other + ".", "quant_conv" if name == "vae_decoder" else "post_quant_conv")
+    return {layer: seen for layer, seen in census.items() if not layer.startswith(mine)}
+
+
+def _worst(census: dict[str, tuple[float, int, int]]) -> list[dict[str, Any]]:
+    """The layers with the least room below fp16's limit."""
+    ranked = sorted(census.items(), key=lambda item: -item[1][0])[:WORST_LAYERS]
+    return [
+        {
+            "layer": layer,
+            "max_abs": float(f"{largest:.4g}"),
+            "fp16_headroom": float(f"{parity.FP16_MAX / max(largest, 1e-30):.3g}"),
+        }
+        for layer, (largest, _, _) in ranked
+    ]
+
+
+def _tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
+
+
+def _three_digits(row: np.ndarray) -> tuple[float, float, float]:
+    red, green, blue = (float(f"{value:.3g}") for value in row)
+    return red, green, blue

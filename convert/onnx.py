@@ -1,0 +1,254 @@
+"""A component as an ONNX graph: exported through torch.onnx, cleaned, its weights beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from .checkpoint import ConvertError
+from .modules import quiet, to_half, wrap
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+# Any values do, as long as they differ: equal sizes would be taken for the same dimension.
+EXAMPLE = {"batch": 2, "height": 72, "width": 56, "sequence": 11}
+EXTERNAL = 1024  # bytes; smaller tensors stay in model.onnx
+PAGE, LINE = 4096, 64  # tensors of 16 pages or more start on a page, others on a cache line
+
+
+def export(
+    component: str,
+    module: torch.nn.Module,
+    config: dict,
+    folder: Path,
+    latent_size: tuple[int, int] | None = None,
+    weights: str = "fp32",
+    activations: str = "fp32",
+    opset: int = 20,
+) -> dict[str, Any]:
+    """Write model.onnx, model.onnx.data and config.json; return the inputs and outputs.
+
+    `latent_size` is (width, height) in latents; None leaves them open. Raises ConvertError.
+    """
+    _check_choices(component, weights, activations)
+    lost: dict[str, int] = {}
+    wrapper = wrap(component, module, activations == "fp16", lost)
+    inputs, outputs = interface(component, module, latent_size, activations)
+    model = _to_graph(wrapper, inputs, outputs, opset)
+    _rename_dims(model.graph, inputs, outputs)
+    _name_after_layers(model.graph)
+    _scrub(model)
+    _check_finite(model.graph)
+    if weights == "fp16" and activations == "fp32":
+        _store_as_half(model.graph, lost)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(model, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    onnx.checker.check_model(str(folder / "model.onnx"))
+    return {"inputs": inputs, "outputs": outputs, "fp16_underflow": lost}
+
+
+def interface(
+    component: str,
+    module: torch.nn.Module,
+    latent_size: tuple[int, int] | None = None,
+    activations: str = "fp32",
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Inputs and outputs, name -> dtype and shape, named as the ecosystem does (optimum)."""
+    config, real = module.config, {"fp32": "float32", "fp16": "float16"}[activations]
+    width, height = latent_size or ("width", "height")
+    if component == "text_encoder":
+        ids = ["batch", config.max_position_embeddings]
+        inputs = {"input_ids": _tensor("int64", ids)}
+        outputs = {
+            "last_hidden_state": _tensor(real, [*ids, config.hidden_size]),
+            "pooler_output": _tensor(real, ["batch", config.hidden_size]),
+        }
+        return inputs, outputs
+    if component == "unet":
+        latent = ["batch", config.in_channels, height, width]
+        context = ["batch", "sequence", config.cross_attention_dim]
+        inputs = {
+            "sample": _tensor(real, latent),
+            "timestep": _tensor("float32", []),  # float16 cannot tell 999 from 999.25
+            "encoder_hidden_states": _tensor(real, context),
+        }
+        if config.time_cond_proj_dim is not None:  # LCM's embedded guidance scale
+            inputs["timestep_cond"] = _tensor(real, ["batch", config.time_cond_proj_dim])
+        return inputs, {"out_sample": _tensor(real, ["batch", config.out_channels, height, width])}
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    size = ["image_height", "image_width"]
+    if latent_size:
+        size = [scale * latent_size[1], scale * latent_size[0]]
+    if component == "vae_decoder":
+        latent = ["batch", config.latent_channels, height, width]
+        image = ["batch", config.out_channels, *size]
+        return {"latent_sample": _tensor(real, latent)}, {"sample": _tensor(real, image)}
+    image = ["batch", config.in_channels, *size]
+    parameters = ["batch", 2 * config.latent_channels, height, width]
+    return {"sample": _tensor(real, image)}, {"latent_parameters": _tensor(real, parameters)}
+
+
+def _tensor(dtype: str, shape: list) -> dict:
+    return {"dtype": dtype, "shape": shape}
+
+
+def _check_choices(component: str, weights: str, activations: str) -> None:
+    if component not in COMPONENTS:
+        raise ConvertError(f"{component} is not a component; choose from {', '.join(COMPONENTS)}")
+    for name, value in (("weights", weights), ("activations", activations)):
+        if value not in ("fp32", "fp16"):
+            raise ConvertError(f"{name} {value!r} is not known; choose fp32 or fp16")
+    if (weights, activations) == ("fp32", "fp16"):
+        raise ConvertError("activations fp16 need weights fp16 as well")
+
+
+def _to_graph(wrapper: torch.nn.Module, inputs: dict, outputs: dict, opset: int) -> ir.Model:
+    arguments, dynamic = [], []
+    for value in inputs.values():
+        shape = [_example(n) for n in value["shape"]]
+        arguments.append(torch.ones(shape, dtype=getattr(torch, value["dtype"])))
+        axes = [i for i, n in enumerate(value["shape"]) if isinstance(n, str)]
+        dynamic.append(dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
+    with quiet(), torch.no_grad():
+        # in two steps: torch.onnx alone retries in strict mode and fails on the fused attention
+        program = torch.export.export(
+            wrapper, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            (),
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    return exported.model
+
+
+def _example(n: int | str) -> int:
+    if isinstance(n, int):
+        return n
+    return 8 * EXAMPLE[n.removeprefix("image_")] if n.startswith("image_") else EXAMPLE[n]
+
+
+def _rename_dims(graph: ir.Graph, inputs: dict, outputs: dict) -> None:
+    """The exporter's s53 becomes batch, and so on, in every shape of the graph."""
+    names = {}
+    for value in graph.inputs:
+        for old, new in zip(value.shape, inputs[value.name]["shape"], strict=True):
+            names[str(old)] = str(new)
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_renamed(n, names) for n in value.shape])
+    for values, described in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value in values:
+            value.shape = ir.Shape(described[value.name]["shape"])
+
+
+def _renamed(n: Any, names: dict[str, str]) -> int | str | None:
+    if isinstance(n, int) or n.value is None:
+        return n if isinstance(n, int) else None
+    return re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), str(n.value))
+
+
+def _name_after_layers(graph: ir.Graph) -> None:
+    """Nodes become layer/Operator and weights keep the checkpoint's names: profilers show them."""
+    for value in list(graph.initializers.values()):
+        name = _source(value, graph)
+        if name not in graph.initializers:
+            value.name = name
+    counts: dict[str, int] = {}
+    for node in graph:
+        name = f"{_layer(node)}/{node.op_type}".lstrip("/")
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+
+def _source(value: ir.Value, graph: ir.Graph) -> str:
+    """The checkpoint's name of a weight, also after the exporter has transposed or reshaped it."""
+    origin = value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "")
+    weights = re.findall(r"'module\.([^']+)'", origin)
+    return weights[0] if len(weights) == 1 else value.name.removeprefix("module.")
+
+
+def _layer(node: ir.Node) -> str:
+    scopes = re.findall(
+        r"'module\.([^']+)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    )
+    return scopes[-1] if scopes else ""
+
+
+def _scrub(model: ir.Model) -> None:
+    """Drop the exporter's notes: they hold stack traces and this machine's paths."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [value for node in graph for value in node.outputs]
+    for item in [model, graph, *graph, *values]:
+        item.metadata_props.clear()
+        item.doc_string = None
+
+
+def _check_finite(graph: ir.Graph) -> None:
+    for name, value in graph.initializers.items():
+        array = value.const_value.numpy()
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ConvertError(f"{name} is a constant with NaN or Inf, which cannot be quantised")
+
+
+def _store_as_half(graph: ir.Graph, lost: dict[str, int]) -> None:
+    """Matrices and filters as float16 followed by a Cast, which onnxruntime folds while loading."""
+    first = graph[0]
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        matrix = sum(n > 1 for n in tensor.shape) > 1
+        if tensor.dtype != ir.DataType.FLOAT or not matrix or tensor.nbytes < 2 * EXTERNAL:
+            continue
+        value.const_value = ir.LazyTensor(  # converted while writing: never two copies of all
+            partial(_half_tensor, name, tensor, lost),
+            dtype=ir.DataType.FLOAT16,
+            shape=tensor.shape,
+            name=name,
+        )
+        value.dtype = ir.DataType.FLOAT16
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
+        full = cast.outputs[0]
+        full.name, full.shape, full.dtype = f"{name}.float32", value.shape, ir.DataType.FLOAT
+        ir.convenience.replace_all_uses_with(value, full)
+        cast.replace_input_with(0, value)
+        graph.insert_before(first, cast)
+
+
+def _half_tensor(name: str, tensor: ir.TensorProtocol, lost: dict[str, int]) -> ir.Tensor:
+    return ir.Tensor(to_half(name, tensor.numpy(), lost), name=name)
+
+
+def _write(model: ir.Model, folder: Path) -> None:
+    """Every tensor of any size goes to model.onnx.data, where onnxruntime maps it into memory."""
+    with (folder / "model.onnx.data").open("wb") as file:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor.nbytes < EXTERNAL:
+                continue
+            step = PAGE if tensor.nbytes >= 16 * PAGE else LINE
+            offset = -(-file.tell() // step) * step
+            file.write(bytes(offset - file.tell()))
+            file.write(np.ascontiguousarray(tensor.numpy()).data)
+            value.const_value = ir.ExternalTensor(
+                "model.onnx.data",
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=name,
+                base_dir=folder,
+            )
+    ir.save(model, folder / "model.onnx")

@@ -1,0 +1,146 @@
+"""What the original does on realistic inputs: recorded in torch, component by component."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..bundle import Recipe
+from .recipe import to_scheduler
+
+PROMPT = "a red apple on a sky blue background"
+OTHER_PROMPTS = ("", "a photograph of an old fisherman's boat, sunset, 35 mm")
+SEED = 0
+MAX_STEPS = 8  # of the end-to-end run: every noise level of a long recipe is seldom worth minutes
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Run:
+    """One call of a component by the names of its graph."""
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+@dataclass
+class Reference:
+    """The original's runs by component, and the picture that they add up to."""
+
+    recipe: Recipe
+    size: tuple[int, int]
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    census: dict[str, dict[str, tuple[float, int, int]]] = field(default_factory=dict)
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    picture: np.ndarray = field(default_factory=lambda: np.empty(0))  # (height, width, 3), 0 to 1
+    preview: np.ndarray = field(default_factory=lambda: np.empty(0))  # (channels + 1, 3)
+
+
+@torch.no_grad()
+def record_text(module: torch.nn.Module, tokens: list[np.ndarray]) -> list[Run]:
+    """Encode the token ids, (1, length) each; the prompt of the picture is the first."""
+    runs = []
+    for ids in tokens:
+        out = module(input_ids=torch.from_numpy(ids))
+        outputs = {
+            "last_hidden_state": out.last_hidden_state.numpy(),
+            "pooler_output": out.pooler_output.numpy(),
+        }
+        runs.append(Run({"input_ids": ids}, outputs))
+    return runs
+
+
+@torch.no_grad()
+def record_unet(module: Any, reference: Reference, text: Arrays, scale: int) -> list[Run]:
+    """Sample a picture's latents with diffusers' scheduler, keeping every call of the U-Net.
+
+    `text` holds the states of the prompt and of the empty one: `prompt`, `negative`.
+    """
+    recipe = reference.recipe
+    scheduler = to_scheduler(recipe)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    width, height = reference.size
+    shape = (1, module.config.in_channels, height // scale, width // scale)
+    x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    embeds = module.config.time_cond_proj_dim is not None
+    two_passes = recipe.guidance not in (0, 1) and not embeds
+    extra = {"timestep_cond": _guidance_embedding(module, recipe.guidance)} if embeds else {}
+    runs = []
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, states: np.ndarray) -> torch.Tensor:
+        out = module(sample, timestep, torch.from_numpy(states), **extra).sample
+        inputs = {
+            "sample": sample.numpy(),
+            "timestep": np.array(float(timestep), np.float32),
+            "encoder_hidden_states": states,
+            **{name: value.numpy() for name, value in extra.items()},
+        }
+        runs.append(Run(inputs, {"out_sample": out.numpy()}))
+        return out
+
+    for timestep in scheduler.timesteps:
+        sample = scheduler.scale_model_input(x, timestep)
+        out = predict(sample, timestep, text["prompt"])
+        if two_passes:
+            empty = predict(sample, timestep, text["negative"])
+            out = empty + recipe.guidance * (out - empty)
+        x = scheduler.step(out, timestep, x, **_step_options(scheduler, recipe, generator))[0]
+    reference.latents = x
+    return runs
+
+
+@torch.no_grad()
+def record_vae(module: Any, reference: Reference, scale: int) -> dict[str, list[Run]]:
+    """Decode the sampled latents and encode pictures; fits the preview on the way."""
+    factor = module.config.scaling_factor
+    width, height = reference.size
+    colours = _colour_field(width, height)
+    decoded = module.decode(reference.latents / factor).sample
+    encoder, decoder = [], []
+    for image in (colours, decoded.clamp(-1, 1)):
+        parameters = module.encode(image).latent_dist.parameters
+        encoder.append(Run({"sample": image.numpy()}, {"latent_parameters": parameters.numpy()}))
+    mean = torch.from_numpy(encoder[0].outputs["latent_parameters"]).chunk(2, dim=1)[0]
+    for latents in (reference.latents / factor, mean):
+        image = module.decode(latents).sample
+        decoder.append(Run({"latent_sample": latents.numpy()}, {"sample": image.numpy()}))
+    reference.picture = ((decoded[0] / 2 + 0.5).clamp(0, 1)).permute(1, 2, 0).numpy()
+    pairs = [(mean * factor, colours), (reference.latents, decoded)]
+    reference.preview = _fit_preview(pairs, scale)
+    return {"vae_decoder": decoder, "vae_encoder": encoder}
+
+
+def _fit_preview(pairs: list[tuple[torch.Tensor, torch.Tensor]], scale: int) -> np.ndarray:
+    """The least-squares map from a latent to the mean colour of its pixels: (channels + 1, 3)."""
+    latents = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x, _ in pairs])
+    small = [torch.nn.functional.avg_pool2d(image, scale) for _, image in pairs]
+    colours = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in small])
+    ones = torch.ones(len(latents), 1)
+    design = torch.cat([latents, ones], dim=1).double()
+    return torch.linalg.lstsq(design, colours.double()).solution.numpy()
+
+
+def _colour_field(width: int, height: int) -> torch.Tensor:
+    """A smooth picture of every colour, (1, 3, height, width) in [-1, 1]; always the same."""
+    rng = np.random.RandomState(0)
+    coarse = torch.from_numpy(rng.uniform(-1, 1, (1, 3, 6, 6))).float()
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+
+
+def _guidance_embedding(module: Any, guidance: float) -> torch.Tensor:
+    from diffusers import LatentConsistencyModelPipeline
+
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    width = module.config.time_cond_proj_dim
+    return embed(None, torch.tensor([guidance - 1]), embedding_dim=width)  # uses nothing of self
+
+
+def _step_options(scheduler: Any, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
+    taken = inspect.signature(scheduler.step).parameters
+    options = {"eta": recipe.eta, "generator": generator}
+    return {name: value for name, value in options.items() if name in taken}

@@ -1,0 +1,65 @@
+"""The checkpoint's CLIP tokenizer, written in both forms that other tools read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import bundle as bundles
+from .checkpoint import Checkpoint, ConvertError
+
+SHIPPED = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> bundles.Tokenizer:
+    """Copy a tokenizer into folder/tokenizer, with tokenizer.json, vocab.json and merges.txt made
+    from each other where one is missing.
+
+    Raises ConvertError if it is no CLIP tokenizer.
+    """
+    out = folder / "tokenizer"
+    out.mkdir()
+    for name in SHIPPED:
+        if (checkpoint.tokenizer / name).is_file():
+            shutil.copyfile(checkpoint.tokenizer / name, out / name)
+    source = original(checkpoint)
+    (out / "tokenizer.json").write_text(
+        source.backend_tokenizer.to_str(pretty=False) + "\n", encoding="utf-8"
+    )
+    _write_old_form(out)
+    return bundles.Tokenizer(
+        path="tokenizer",
+        max_length=checkpoint.configs["text_encoder"]["max_position_embeddings"],
+        pad_token=source.pad_token,
+    )
+
+
+def original(checkpoint: Checkpoint) -> Any:
+    """transformers' own tokenizer of the checkpoint: the independent side of a check."""
+    from transformers import CLIPTokenizerFast
+
+    try:
+        return CLIPTokenizerFast.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        message = str(error).strip().splitlines()[0]
+        raise ConvertError(f"{checkpoint.tokenizer} is no CLIP tokenizer: {message}") from None
+
+
+def original_ids(tokenizer: Any, prompt: str, length: int) -> np.ndarray:
+    """The token ids of a prompt by transformers: (1, length)."""
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
+    return np.array([ids], np.int64)
+
+
+def _write_old_form(out: Path) -> None:
+    model = json.loads((out / "tokenizer.json").read_text("utf-8"))["model"]
+    vocab, merges = out / "vocab.json", out / "merges.txt"
+    if not vocab.is_file():
+        vocab.write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    if not merges.is_file():
+        pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")

@@ -1,0 +1,15 @@
+"""The one ancestor of everything Ferrotype raises on purpose; its message is for the user.
+
+FerrotypeError
+├── BundleError    bundle.py            the bundle is damaged, incomplete or of another format
+├── ParityError    parity.py            what was written differs too much from the original
+├── PipelineError  runtime/pipeline.py  a network returned something that is no picture
+├── PictureError   runtime/pictures.py  a picture cannot be read or may not be written
+└── ConvertError   convert/             the checkpoint or an option does not work
+
+A wrong argument is a ValueError.
+"""
+
+
+class FerrotypeError(Exception):
+    """Something is wrong outside the program; the message is one line that says what to do."""

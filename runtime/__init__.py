@@ -1,0 +1,1 @@
+"""What draws: tokenizer, schedules, samplers, seeds, engines and the pipeline.  Never torch."""

@@ -1,0 +1,323 @@
+"""The pipeline: a bundle, a prompt and a seed become latents, step by step, and then a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from .. import bundle as bundles
+from ..bundle import Bundle, Recipe
+from ..errors import FerrotypeError
+from . import samplers, schedules
+from .engines import Arrays, Engine, open_engine
+from .samplers import Step, Table
+from .seeds import SEEDS, Noise
+from .tokenizer import Tokenizer
+
+Array32 = npt.NDArray[np.float32]
+
+EMBEDDED = Path(__file__).parent.parent / "models" / "emoji.ferro"
+MAX_GUIDANCE = 50.0
+CACHED_PROMPTS = 64  # embeddings are a few hundred KiB; encoding again would load the text encoder
+# What a sampler is run on when the recipe was made for another one.
+SPACING = {"lcm": "lcm", "tcd": "lcm"}
+
+
+class PipelineError(FerrotypeError):
+    """A network returned something that is no picture."""
+
+
+class PromptWarning(UserWarning):
+    """A part of the prompt is not used."""
+
+
+class Pipeline:
+    """Draws with a bundle.
+
+    One component is in memory at a time, unless `resident`: then each stays once loaded.  The
+    picture is the same.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, resident: bool = False) -> None:
+        if threads is not None and not 1 <= threads <= 64:
+            raise ValueError(f"threads is {threads}: it must be 1 to 64")
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._threads = threads
+        self._resident = resident
+        self._engines: dict[str, Engine] = {}
+        self._embeddings: dict[str, Array32] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike | None = None,
+        threads: int | None = None,
+        resident: bool = False,
+    ) -> Pipeline:
+        """Open the bundle at `path`, or the embedded one; no weights are read yet.
+
+        Raises BundleError for anything that is no sound bundle.
+        """
+        return cls(bundles.load(EMBEDDED if path is None else path), threads, resident)
+
+    # --- what a run will do ---------------------------------------------------------------------
+
+    def recipe(
+        self,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+    ) -> Recipe:
+        """The bundle's recipe with what the caller changes.
+
+        Raises ValueError for a value that no sampler takes.
+        """
+        recipe = self.manifest.recipe
+        if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance is {guidance}: it must be from 0 to {MAX_GUIDANCE:g}")
+        if sampler is not None and sampler != recipe.sampler:
+            schedules.choose("sampler", sampler, samplers.SAMPLERS)
+            recipe = dataclasses.replace(
+                recipe, sampler=sampler, spacing=SPACING.get(sampler, "trailing"), timesteps=()
+            )
+        return dataclasses.replace(
+            recipe,
+            steps=recipe.steps if steps is None else steps,
+            guidance=recipe.guidance if guidance is None else guidance,
+            spacing=recipe.spacing if spacing is None else spacing,
+            eta=recipe.eta if eta is None else eta,
+        )
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of the square of pixels that one latent stands for: 8 in every Stable Diffusion."""
+        return 2 ** (len(self.bundle.component("vae_decoder").config["block_out_channels"]) - 1)
+
+    def stages(self, steps: int, image: bool = False) -> list[tuple[str, int, int]]:
+        """What a run loads, in order: component, bytes on disk, how often it runs."""
+        passes = 2 if self._two_passes(self.manifest.recipe.guidance) else 1
+        runs = {"text_encoder": passes, "vae_encoder": int(image), "unet": passes * steps}
+        runs["vae_decoder"] = 1
+        parts = self.manifest.components
+        return [(n, self.bundle.bytes_of(parts[n].path), r) for n, r in runs.items() if r]
+
+    # --- the stages -----------------------------------------------------------------------------
+
+    def encode(self, prompt: str) -> Array32:
+        """The text encoder's states for a prompt: (1, tokens, channels); kept for the next call.
+
+        Warns with PromptWarning when the prompt is longer than the text encoder reads.
+        """
+        if prompt not in self._embeddings:
+            tokens = Tokenizer(self.bundle)(prompt)
+            if tokens.dropped:
+                warnings.warn(_dropped(tokens.dropped, tokens.ids.shape[1]), PromptWarning, 2)
+            while len(self._embeddings) >= CACHED_PROMPTS:
+                del self._embeddings[next(iter(self._embeddings))]
+            states = self._run("text_encoder", {"input_ids": tokens.ids})["last_hidden_state"]
+            self._embeddings[prompt] = states
+        return self._embeddings[prompt]
+
+    def steps(
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        steps: int | None = None,
+        seed: int = 0,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.6,
+        spacing: str | None = None,
+        eta: float | None = None,
+        rng: str = "torch",
+    ) -> Iterator[Step]:
+        """Denoise, yielding a Step after each; its `latents` are (1, 4, height/8, width/8).
+
+        `size` is (width, height).  With `image`, start from it: `strength` 1 forgets it, near 0
+        keeps it.  Whoever iterates owns progress, preview and cancelling: closing ends the run.
+        Arguments are checked here, before the first step: ValueError says what would work.
+        """
+        recipe = self.recipe(steps, sampler, guidance, spacing, eta)
+        size = self.manifest.sizes.check(size or self.manifest.sizes.default)
+        table = samplers.table(recipe, None if image is None else strength)
+        noise = schedules.choose("rng", rng, SEEDS)(seed)
+        if negative and not self._two_passes(recipe.guidance):
+            raise ValueError(
+                f"a negative prompt has no effect at guidance {recipe.guidance:g} with this model: "
+                "leave it out" + ("" if self._embeds_guidance else " or set guidance above 1")
+            )
+        return self._denoise(prompt, negative, recipe.guidance, table, noise, size, image)
+
+    def _denoise(
+        self,
+        prompt: str,
+        negative: str,
+        guidance: float,
+        table: Table,
+        noise: Noise,
+        size: tuple[int, int],
+        image: Image.Image | None,
+    ) -> Iterator[Step]:
+        text = self.encode(prompt)
+        negative_text = self.encode(negative) if self._two_passes(guidance) else None
+        latents = None if image is None else self.encode_image(image, size, noise)
+        side = self.pixels_per_latent
+        channels = self.bundle.component("vae_decoder").config["latent_channels"]
+        fresh = noise((1, channels, size[1] // side, size[0] // side))
+        extra = (
+            {"timestep_cond": self._guidance_embedding(guidance)} if self._embeds_guidance else {}
+        )
+
+        def predict(x: Array32, timestep: float) -> Array32:
+            inputs = {"sample": x, "timestep": np.array(timestep, np.float32), **extra}
+            conditional = self._unet(inputs, text)
+            if negative_text is None:
+                return conditional
+            unconditional = self._unet(inputs, negative_text)
+            return unconditional + np.float32(guidance) * (conditional - unconditional)
+
+        start = samplers.start(table, fresh, latents)
+        for step in samplers.sample(predict, start, table, noise):
+            if not np.isfinite(step.latents).all():
+                raise PipelineError(
+                    f"the unet returned NaN or Inf at step {step.index} of {step.total}: "
+                    "the bundle's precision overflows; convert with --activations fp32"
+                )
+            yield step
+
+    def decode(self, latents: Array32 | Step) -> Image.Image:
+        """The picture of latents, or of a Step's."""
+        values = self.decode_array(latents.latents if isinstance(latents, Step) else latents)
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+
+    def decode_array(self, latents: Array32) -> Array32:
+        """The picture of latents as float32 in [0, 1]: (height, width, 3)."""
+        config = self.bundle.component("vae_decoder").config
+        scaled = latents / np.float32(config["scaling_factor"])
+        sample = self._run("vae_decoder", {"latent_sample": scaled})["sample"]
+        if not np.isfinite(sample).all():
+            raise PipelineError(
+                "the vae_decoder returned NaN or Inf, which would be a black picture: "
+                "convert with --activations fp32"
+            )
+        return _to_pixels(sample)
+
+    def encode_image(self, image: Image.Image, size: tuple[int, int], noise: Noise) -> Array32:
+        """Latents of a picture, scaled and cropped to `size`; draws once from `noise`."""
+        pixels = np.asarray(_fit(image, size), np.float32) / 127.5 - 1
+        sample = pixels.transpose(2, 0, 1)[None]
+        parameters = self._run("vae_encoder", {"sample": sample})["latent_parameters"]
+        mean, log_variance = np.split(parameters, 2, axis=1)
+        std = np.exp(np.float32(0.5) * log_variance.clip(-30, 20))
+        factor = self.bundle.component("vae_decoder").config["scaling_factor"]
+        return (mean + std * noise(mean.shape)) * np.float32(factor)
+
+    def preview(self, step: Step, decode: bool = False) -> Image.Image:
+        """What the picture will be, seen from a step: a linear guess at once, or decoded."""
+        if decode:
+            return self.decode(step.denoised)
+        weights = np.array(self.manifest.preview, np.float32)
+        rgb = np.einsum("bchw,ck->bkhw", step.denoised, weights[:-1])
+        small = _to_pixels(rgb + weights[-1][None, :, None, None])
+        picture = Image.fromarray((small * 255).round().astype(np.uint8))
+        side = self.pixels_per_latent
+        return picture.resize(
+            (picture.width * side, picture.height * side), Image.Resampling.BICUBIC
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        steps: int | None = None,
+        seed: int = 0,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.6,
+    ) -> Image.Image:
+        """The short way: every step, then the picture.  Arguments as in `steps`."""
+        *_, last = self.steps(
+            prompt,
+            negative=negative,
+            steps=steps,
+            seed=seed,
+            sampler=sampler,
+            guidance=guidance,
+            size=size,
+            image=image,
+            strength=strength,
+        )
+        picture = self.decode(last)
+        if not self._resident:
+            self.release()
+        return picture
+
+    def release(self) -> None:
+        """Give back the memory of every loaded component."""
+        self._engines.clear()
+
+    # --- components -----------------------------------------------------------------------------
+
+    def _run(self, component: str, inputs: Arrays) -> Arrays:
+        if component not in self._engines:
+            if not self._resident:
+                self.release()  # before the next is loaded, so that two are never in memory
+            self._engines[component] = open_engine(self.bundle, component, self._threads)
+        return self._engines[component](inputs)
+
+    def _unet(self, inputs: Arrays, text: Array32) -> Array32:
+        return self._run("unet", {**inputs, "encoder_hidden_states": text})["out_sample"]
+
+    @property
+    def _embeds_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input (distilled latent consistency)."""
+        return "timestep_cond" in self.bundle.component("unet").inputs
+
+    def _two_passes(self, guidance: float) -> bool:
+        return guidance not in (0, 1) and not self._embeds_guidance
+
+    def _guidance_embedding(self, guidance: float) -> Array32:
+        """Sinusoids of the guidance scale, as latent consistency models were trained with.
+
+        Luo et al. 2023; (1, time_cond_proj_dim).
+        """
+        width = self.bundle.component("unet").config["time_cond_proj_dim"]
+        half = width // 2
+        frequencies = np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
+        angles = 1000 * (guidance - 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)[None]
+
+
+def _to_pixels(sample: Array32) -> Array32:
+    """(1, 3, height, width) in [-1, 1] to (height, width, 3) in [0, 1]."""
+    return (sample[0].transpose(1, 2, 0) / 2 + np.float32(0.5)).clip(0, 1)
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Upright, on white where transparent, scaled and cropped around the middle to `size`."""
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    flat = Image.alpha_composite(white, image).convert("RGB")
+    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
+
+
+def _dropped(text: str, limit: int) -> str:
+    shown = text if len(text) <= 40 else text[:39] + "…"
+    return f"the text encoder reads {limit} tokens, so the end of the prompt is unused: {shown!r}"

@@ -1,0 +1,306 @@
+"""A converted checkpoint draws what diffusers draws; what is below the floor is never written."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from ferrotype import bundle, parity
+from ferrotype.benchmarks.checkpoints import EMOJI, TINY, write_checkpoint
+from ferrotype.convert import STAGES, ConvertError, build, convert, reference
+from ferrotype.convert.recipe import from_checkpoint
+from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
+
+PROMPT = "a red apple on a sky blue background"
+PRECISIONS = {"fp32": ("fp32", "fp32", 45), "w16": ("fp16", "fp32", 45), "fp16": ("fp16", "fp16", 35)}
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """The emoji checkpoint in every precision; the embedded bundle is one of them."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {"w16": EMBEDDED}
+    for name in ("fp32", "fp16"):
+        weights, activations, _ = PRECISIONS[name]
+        made[name] = folder / f"{name}.ferro"
+        convert(EMOJI, made[name], weights=weights, activations=activations)
+    return made
+
+
+@pytest.fixture(scope="session")
+def base_bundle(tmp_path_factory):
+    """The undistilled U-Net and its DPM-Solver schedule, converted in fp32."""
+    folder = tmp_path_factory.mktemp("base")
+    checkpoint = folder / "emoji-base"
+    shutil.copytree(EMOJI, checkpoint, ignore=shutil.ignore_patterns("unet", "scheduler", "samples"))
+    (checkpoint / "unet_base").rename(checkpoint / "unet")
+    (checkpoint / "scheduler_base").rename(checkpoint / "scheduler")
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    convert(checkpoint, folder / "base.ferro", weights="fp32")
+    return checkpoint, folder / "base.ferro"
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipe():
+    return from_diffusers("StableDiffusionPipeline", EMOJI)
+
+
+def from_diffusers(kind, folder, scheduler=None):
+    import diffusers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = getattr(diffusers, kind)
+        pipe = kind.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    if scheduler:
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        keep = {k: v for k, v in config.items() if k.startswith(("beta", "num_train", "prediction"))}
+        keep |= {"timestep_spacing": "trailing", "steps_offset": 1}
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(keep)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def original(pipe, seed, **options):
+    """A picture as diffusers draws it: float32 in [0, 1]."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipe(prompt=PROMPT, generator=generator, output_type="np", **options).images[0]
+
+
+def ours(path, seed, **options):
+    pipe = Pipeline.load(path)
+    *_, last = pipe.steps(PROMPT, seed=seed, **options)
+    return pipe.decode_array(last.latents)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("seed", [0, 1234])
+def test_lcm_in_four_steps_matches_diffusers(bundles, diffusers_pipe, precision, seed):
+    expected = original(diffusers_pipe, seed, num_inference_steps=4, guidance_scale=1.0)
+    found = ours(bundles[precision], seed)
+    assert parity.psnr(expected, found, peak=1.0) >= PRECISIONS[precision][2]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dpmpp_2m_in_twenty_steps_matches_diffusers(bundles, precision):
+    pipe = from_diffusers("StableDiffusionPipeline", EMOJI, "DPMSolverMultistepScheduler")
+    expected = original(pipe, 7, num_inference_steps=20, guidance_scale=1.0)
+    found = ours(bundles[precision], 7, sampler="dpmpp_2m", steps=20)
+    assert parity.psnr(expected, found, peak=1.0) >= PRECISIONS[precision][2]
+
+
+def test_the_undistilled_model_with_guidance_and_a_negative_prompt(base_bundle):
+    checkpoint, path = base_bundle
+    pipe = from_diffusers("StableDiffusionPipeline", checkpoint)
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "negative_prompt": "a pizza"}
+    expected = original(pipe, 5, **options)
+    found = ours(path, 5, steps=20, guidance=3.0, negative="a pizza")
+    assert parity.psnr(expected, found, peak=1.0) >= 45
+    assert bundle.load(path).manifest.recipe.sampler == "dpmpp_2m"
+    Image.fromarray((found * 255).round().astype(np.uint8)).save(path.parent / "base.png")
+
+
+@pytest.mark.parametrize("scheduler, sampler", [("LCMScheduler", None), ("DDIMScheduler", "ddim")])
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_image_to_image_matches_diffusers(bundles, scheduler, sampler, strength):
+    start = Pipeline.load().generate("a pizza", seed=3)
+    named = None if sampler is None else scheduler
+    pipe = from_diffusers("StableDiffusionImg2ImgPipeline", EMOJI, named)
+    options = {"num_inference_steps": 10, "guidance_scale": 1.0, "strength": strength}
+    expected = original(pipe, 11, image=start, **options)
+    found = ours(bundles["fp32"], 11, image=start, strength=strength, steps=10, sampler=sampler)
+    assert parity.psnr(expected, found, peak=1.0) >= 45
+
+
+def test_other_sizes_match_diffusers(bundles, diffusers_pipe):
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 200, "width": 136}
+    expected = original(diffusers_pipe, 2, **options)
+    found = ours(bundles["fp32"], 2, size=(136, 200))
+    assert parity.psnr(expected, found, peak=1.0) >= 45
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_report_is_in_the_bundle(bundles, precision):
+    opened = bundle.load(bundles[precision])
+    assert bundle.verify(opened) == []
+    report = opened.manifest.parity
+    floors = parity.floors(*PRECISIONS[precision][:2])
+    assert report["floors"] == floors
+    for outputs in report["components"].values():
+        for result in outputs.values():
+            assert result["psnr"] >= floors["component"]
+            assert result["nan"] == result["inf"] == 0
+    assert report["picture"]["psnr"] >= floors["picture"]
+    assert report["census"].keys() == report["components"].keys() == opened.manifest.components.keys()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_graphs_are_valid_and_laid_out_as_the_ecosystem_documents(bundles, precision):
+    """What Optimum's ORTStableDiffusionPipeline opens: folders, names, ranks, configurations."""
+    folder = bundles[precision]
+    names = {
+        "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
+        "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
+        "vae_decoder": (["latent_sample"], ["sample"]),
+        "vae_encoder": (["sample"], ["latent_parameters"]),
+    }
+    for component, (inputs, outputs) in names.items():
+        path = folder / component / "model.onnx"
+        onnx.checker.check_model(str(path), full_check=False)
+        graph = onnx.load(path, load_external_data=False).graph
+        assert [i.name for i in graph.input] == inputs
+        assert [o.name for o in graph.output] == outputs
+        assert isinstance(json.loads((folder / component / "config.json").read_text()), dict)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / "tokenizer" / name).stat().st_size > 100
+    assert (folder / "scheduler" / "scheduler_config.json").is_file()
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
+    stages = []
+    one = convert(checkpoint, tmp_path / "one.ferro", progress=stages.append)
+    two = convert(checkpoint, tmp_path / "two.ferro")
+    assert one.sha256 == two.sha256
+    assert one.manifest.files == two.manifest.files
+    assert len(stages) == STAGES
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.ferro", "tiny", "two.ferro"]
+
+
+def test_a_fixed_size_draws_only_that(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
+    made = convert(checkpoint, tmp_path / "fixed.ferro", size=(72, 40))
+    assert made.manifest.components["unet"].inputs["sample"].shape == ("batch", 4, 5, 9)
+    pipe = Pipeline(made)
+    assert pipe.generate("a red apple").size == (72, 40)
+    with pytest.raises(ValueError, match="draws only 72x40"):
+        pipe.steps("a red apple", size=(64, 64))
+
+
+def test_below_the_floor_it_fails_names_the_layer_and_leaves_nothing(tmp_path, monkeypatch):
+    """A weight that is damaged on the way into the file is found and located."""
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
+    export = build.onnx.export
+
+    def damaging(name, module, config, folder, *rest):
+        made = export(name, module, config, folder, *rest)
+        if name == "unet":
+            damage(folder, "mid_block.resnets.0.conv1.weight")
+        return made
+
+    monkeypatch.setattr(build.onnx, "export", damaging)
+    with pytest.raises(parity.ParityError) as caught:
+        convert(checkpoint, tmp_path / "bad.ferro", weights="fp32")
+    message = str(caught.value)
+    assert "unet out_sample: PSNR" in message
+    assert "the floor is 80 dB" in message
+    assert "mid_block.resnets.0.conv1" in message
+    assert "\n" not in message
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def damage(folder, suffix):
+    """Scale one stored weight of model.onnx.data by 1.5."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    [tensor] = [t for t in graph.initializer if t.name.endswith(suffix)]
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    start, count = int(where["offset"]), int(where["length"])
+    data = np.memmap(folder / "model.onnx.data", np.uint8, "r+")
+    data[start : start + count].view(np.float32)[:] *= 1.5
+    data.flush()
+
+
+def test_interrupting_leaves_nothing(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
+
+    def stop(stage):
+        if stage == "export unet":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, tmp_path / "out.ferro", progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
+    monkeypatch.setattr(parity, "FP16_MAX", 0.5)
+    with pytest.raises(ConvertError, match=r"layer .* reaches .*, fp16 ends at 0: use --activations"):
+        convert(checkpoint, tmp_path / "out.ferro", activations="fp16")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "abacus"}, "target 'abacus' is not one of onnx"),
+        ({"weights": "fp32", "activations": "fp16"}, "no floor for fp32 weights with fp16"),
+        ({"weights": "w3"}, "no floor for w3"),
+        ({"size": (100, 96)}, "100 is no multiple of 8"),
+        ({"size": (0, 96)}, "0 is no multiple of 8"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_nothing_is_written(tmp_path, options, message):
+    with pytest.raises(ConvertError) as caught:
+        convert(EMOJI, tmp_path / "out.ferro", **options)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ({"_class_name": "DDIMScheduler"}, ("ddim", 20, 7.5, "leading")),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+         ("euler", 20, 7.5, "trailing")),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+         ("dpmpp_2m_karras", 20, 7.5, "leading")),
+        ({"_class_name": "LCMScheduler"}, ("lcm", 4, 1.0, "lcm")),
+        ({"_class_name": "TCDScheduler"}, ("tcd", 4, 1.0, "lcm")),
+        ({"_class_name": "PNDMScheduler"}, ("dpmpp_2m", 20, 7.5, "leading")),
+    ],
+)  # fmt: skip
+def test_the_scheduler_becomes_the_recipe(scheduler, expected):
+    recipe, notes = from_checkpoint(checkpoint_with(scheduler))
+    assert (recipe.sampler, recipe.steps, recipe.guidance, recipe.spacing) == expected
+    assert bool(notes) == (scheduler["_class_name"] == "PNDMScheduler"), "a stand-in is told"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is True"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding is True"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, "prediction_type 'flow'"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "odd"}, "beta_schedule 'odd'"),
+    ],
+)
+def test_a_schedule_that_no_table_expresses_is_refused(scheduler, message):
+    with pytest.raises(ConvertError) as caught:
+        from_checkpoint(checkpoint_with(scheduler))
+    assert message in str(caught.value)
+
+
+def checkpoint_with(scheduler):
+    import dataclasses
+
+    from ferrotype.convert.checkpoint import open_checkpoint
+
+    return dataclasses.replace(open_checkpoint(EMOJI), scheduler=scheduler)
+
+
+def test_the_reference_is_short_but_of_the_recipe(tmp_path):
+    assert 1 <= reference.MAX_STEPS <= 20
+    report = bundle.load(EMBEDDED).manifest.parity["picture"]
+    assert (report["sampler"], report["steps"], report["guidance"]) == ("lcm", 4, 1.0)

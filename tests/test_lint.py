@@ -1,0 +1,53 @@
+"""The code is formatted, linted and typed; the generated help page is fresh."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import ferrotype
+from ferrotype.cli import main
+
+ROOT = Path(ferrotype.__file__).parent
+
+
+def run(*command, cwd=ROOT):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_ruff(command):
+    run("ruff", *command.split(), ".")
+
+
+def test_mypy(tmp_path):
+    # The checkout is the package, so mypy has to see it under the package's name.
+    (tmp_path / "ferrotype").symlink_to(ROOT)
+    cache = os.devnull if os.environ.get("CI") else str(ROOT / ".mypy_cache")
+    config = str(ROOT / "pyproject.toml")
+    run("mypy", "--config-file", config, "--cache-dir", cache, "-p", "ferrotype", cwd=tmp_path)
+
+
+def help_page():
+    """docs/cli.md: the help of every command, as it is printed."""
+    parts = ["# The command line\n\nWritten by `python tests/test_lint.py`; a test compares.\n"]
+    for path, command in [("ferrotype", main)] + [
+        (f"ferrotype {name}", command) for name, command in main.commands.items()
+    ]:
+        inner = click.Context(command, info_name=path, terminal_width=88, parent=None)
+        parts.append(f"## {path}\n\n```\n{command.get_help(inner)}\n```\n")
+    return "\n".join(parts)
+
+
+def test_the_help_page_is_fresh():
+    assert (ROOT / "docs" / "cli.md").read_text() == help_page()
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "cli.md").write_text(help_page())
