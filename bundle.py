@@ -132,14 +132,14 @@ class Sizes:
             names = ", ".join(f"{w}x{h}" for w, h in self.allowed)
             raise ValueError(f"size {width}x{height}: this bundle draws only {names}")
         for side in size:
+            if not self.minimum <= side <= self.maximum:
+                raise ValueError(
+                    f"size {width}x{height}: {side} is outside {self.minimum}..{self.maximum}"
+                )
             if side % self.multiple:
                 near = max(self.minimum, round(side / self.multiple) * self.multiple)
                 raise ValueError(
                     f"size {width}x{height}: {side} is no multiple of {self.multiple}, try {near}"
-                )
-            if not self.minimum <= side <= self.maximum:
-                raise ValueError(
-                    f"size {width}x{height}: {side} is outside {self.minimum}..{self.maximum}"
                 )
         return size
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import json
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,6 +85,14 @@ def terminate(*_: object) -> None:
     raise KeyboardInterrupt(143)  # unwinds, so that clean-up runs
 
 
+def send_again(lost: Any) -> None:
+    """An interrupt that falls into a destructor is dropped by Python: it comes once more."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    number = signal.SIGTERM if lost.exc_value and lost.exc_value.args else signal.SIGINT
+    return threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ferrotype")
 def main() -> None:
@@ -93,6 +103,7 @@ def main() -> None:
         ferrotype generate "a red apple on a sky blue background" -o apple.png
     """
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = send_again
     warnings.showwarning = lambda message, *_: click.echo(
         f"note: {printable(str(message))}", err=True
     )
@@ -256,7 +267,8 @@ def generate(
             pictures.save_png(drawn[-1], path, text, force)
             click.echo(json.dumps({"path": str(path), **text}) if as_json else str(path))
     if grid:
-        rows = [drawn[i : i + count] for i in range(0, len(drawn), count)]
+        across = count if count > 1 else pictures.landscape(len(drawn))
+        rows = [drawn[i : i + across] for i in range(0, len(drawn), across)]
         pictures.save_png(pictures.contact_sheet(rows), grid, {}, force)
         click.echo(json.dumps({"path": str(grid)}) if as_json else str(grid))
 

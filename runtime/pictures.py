@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import tempfile
 import warnings
@@ -125,6 +126,12 @@ def _plain(image: Image.Image) -> Image.Image:
         gray = np.asarray(image).clip(0, 0xFFFF) // 257
         image = Image.fromarray(gray.astype(np.uint8))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def landscape(count: int) -> int:
+    """How many of `count` pictures to put in a row: a sheet at least as wide as high, full rows."""
+    least = math.ceil(math.sqrt(count))
+    return min(range(least, 2 * least), key=lambda across: -count % across, default=1)
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from ferrotype import bundle, cli
 from ferrotype.runtime import pipeline
-from ferrotype.runtime.pictures import read_text
+from ferrotype.runtime.pictures import open_picture, read_text
 from ferrotype.runtime.pipeline import EMBEDDED
 from PIL import Image
 
@@ -31,6 +31,7 @@ SMALL = ("--size", "64", "-n", "1")
 def _own_folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder, and gets the process back as it was."""
     handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with warnings.catch_warnings():
         work = tmp_path / "work"
         work.mkdir()
@@ -64,7 +65,7 @@ def fails(code, *args):
     assert line.isprintable()
     assert len(line) < 1000
     if code == 2:
-        assert head[0].startswith("Usage: ferrotype"), done.stderr
+        assert not head or head[0].startswith("Usage: ferrotype"), done.stderr
         assert len(head) <= 3
     else:
         assert head == []
@@ -87,7 +88,7 @@ def names():
 def test_a_prompt_becomes_a_picture_named_after_it():
     assert run("generate", PROMPT) == "a-red-apple-on-a-sky-blue-background-0.png\n"
     assert names() == ["a-red-apple-on-a-sky-blue-background-0.png"]
-    assert Image.open(names()[0]).size == (128, 128)
+    assert open_picture(Path(names()[0])).size == (128, 128)
 
 
 def test_the_png_says_how_it_was_drawn_and_inspect_shows_it():
@@ -109,7 +110,7 @@ def test_the_png_says_how_it_was_drawn_and_inspect_shows_it():
     wanted = {"prompt": PROMPT, "seed": "7", "sampler": "ddim", "steps": "2", "size": "64x72"}
     assert wanted.items() <= text.items()
     assert text["bundle_sha256"] == HASH
-    assert Image.open("a.png").size == (64, 72)
+    assert open_picture(Path("a.png")).size == (64, 72)
     shown = run("inspect", "a.png")
     assert all(value in shown for value in text.values())
     assert json.loads(run("inspect", "a.png", "--json")) == text
@@ -141,13 +142,13 @@ def test_prompts_of_one_name_do_not_collide():
 def test_previews_and_a_sheet_are_written_beside_the_picture():
     run("generate", "a", "-o", "a.png", "--size", "64", "-n", 4, "--preview", 2, "--grid", "g.png")
     assert names() == ["a-step2.png", "a-step4.png", "a.png", "g.png"]
-    assert {Image.open(name).size for name in names()[:3]} == {(64, 64)}
-    assert Image.open("g.png").size == (72, 72)
+    assert {open_picture(Path(name)).size for name in names()[:3]} == {(64, 64)}
+    assert open_picture(Path("g.png")).size == (72, 72)
 
 
 def test_an_exact_preview_of_the_last_step_is_the_picture():
     run("generate", "a", "-o", "a.png", *SMALL, "--preview", 1, "--preview-decoder")
-    assert Image.open("a-step1.png").tobytes() == Image.open("a.png").tobytes()
+    assert open_picture(Path("a-step1.png")).tobytes() == open_picture(Path("a.png")).tobytes()
 
 
 def test_json_is_one_object_per_line_and_nothing_else():
@@ -314,7 +315,7 @@ def test_force_replaces_files():
     Path("a.png").write_text("mine")
     Path("g.png").write_text("mine")
     run("generate", "a", "-o", "a.png", "--grid", "g.png", "--force", *SMALL)
-    assert Image.open("a.png").size == (64, 64)
+    assert open_picture(Path("a.png")).size == (64, 64)
 
 
 def test_a_read_only_disk_is_found_before_drawing(monkeypatch):
@@ -405,8 +406,8 @@ def test_verify_finds_one_changed_byte_and_names_the_file(emoji):
 def test_a_report_of_another_form_does_not_stop_inspect(emoji):
     path = emoji / "manifest.json"
     raw = json.loads(path.read_text())
-    for parity in ({"components": 1}, {"components": {"unet": {"x": {}}}}, {"picture": [1]}):
-        path.write_text(json.dumps({**raw, "parity": parity}))
+    for parity in ('{"components": 1}', '{"components": {"unet": {"x": {}}}}', '{"picture": [1]}'):
+        path.write_text(json.dumps({**raw, "parity": json.loads(parity)}))
         assert "of a form unknown" in run("inspect", emoji)
 
 
@@ -523,7 +524,7 @@ def test_a_folder_that_is_no_checkpoint_is_told_what_it_holds():
 
 
 def test_a_damaged_checkpoint_is_one_line(checkpoint):
-    (weights,) = (checkpoint / "unet").glob("*.safetensors")
+    (weights,) = (checkpoint / "text_encoder").glob("*.safetensors")
     data = weights.read_bytes()
     for broken in (data[:100], data[:-100], b"\xff" * 100, b""):
         weights.write_bytes(broken)
@@ -578,7 +579,23 @@ def test_a_run_that_is_stopped_leaves_whole_pictures_or_none(number, code):
     assert err == b"Error: interrupted; what was unfinished is removed\n"
     assert names() == out.decode().split()
     for name in names():
-        Image.open(name).load()
+        open_picture(Path(name))
+
+
+def test_an_interrupt_lost_in_a_destructor_comes_again(monkeypatch):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def lose_it():
+        Dying()
+        for _ in range(200):
+            time.sleep(0.05)
+
+    signal.signal(signal.SIGTERM, cli.terminate)
+    monkeypatch.setattr(sys, "unraisablehook", cli.send_again)
+    with pytest.raises(KeyboardInterrupt):
+        lose_it()
 
 
 def test_a_full_disk_leaves_no_half_picture():

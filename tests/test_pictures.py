@@ -40,7 +40,7 @@ def test_a_picture_of_every_kind_is_read(tmp_path, kind):
     RED.save(tmp_path / f"a.{kind}")
     opened = open_picture(tmp_path / f"a.{kind}")
     assert (opened.mode, opened.size) == ("RGB", (8, 8))
-    np.testing.assert_allclose(opened.getpixel((3, 3)), (255, 0, 0), atol=2)
+    np.testing.assert_allclose(np.asarray(opened)[3, 3], (255, 0, 0), atol=2)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -59,9 +59,12 @@ def test_sixteen_bits_of_gray_are_not_clipped_to_white(tmp_path):
 
 
 def test_transparency_is_kept_in_every_form(tmp_path):
-    for picture in (Image.new("RGBA", (2, 2)), Image.new("LA", (2, 2)), Image.new("P", (2, 2))):
-        picture.save(tmp_path / "a.png", **({"transparency": 0} if picture.mode == "P" else {}))
-        assert open_picture(tmp_path / "a.png").getpixel((0, 0))[3] == 0
+    for mode in ("RGBA", "LA", "P"):
+        picture = Image.new(mode, (2, 2))
+        if mode == "P":
+            picture.info["transparency"] = 0
+        picture.save(tmp_path / "a.png")
+        assert np.asarray(open_picture(tmp_path / "a.png"))[0, 0, 3] == 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
