@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-EMOJI = Path(__file__).parent.parent.parent / "shared" / "models" / "emoji-sd"
+ROOT = Path(__file__).parent.parent
+EMOJI = ROOT.parent / "shared" / "models" / "emoji-sd"  # the trained one, beside the checkout
+TOKENIZER = ROOT / "models" / "emoji.ferro" / "tokenizer"
 
 SD15: dict[str, dict[str, Any]] = {
     "text_encoder": {
@@ -64,7 +66,7 @@ TINY: dict[str, dict[str, Any]] = {
 def write_checkpoint(
     folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """Write a random checkpoint of these configs to a new folder; the tokenizer is the emoji's."""
+    """Write a random checkpoint of these configs to a new folder; the tokenizer is the embedded model's."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     for name, (kind, stem) in KINDS.items():
@@ -78,7 +80,7 @@ def write_checkpoint(
         bare = {k.removeprefix(prefix): v for k, v in state.items()}
         tensors = {prefix + k: _draw(k, v.shape).to(dtype) for k, v in bare.items()}
         save_file(tensors, target / f"{stem}.safetensors")
-    shutil.copytree(EMOJI / "tokenizer", folder / "tokenizer")
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
     index = {

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 
 from ..parity import psnr
-from .modules import wrap
+from .wrappers import wrap
 
 ROUNDING = 100.0  # dB; how far above this a layer is says nothing about damage
 REAL = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)

@@ -1,22 +1,17 @@
-"""The torch modules of a checkpoint, and the form of them that is exported."""
+"""The torch modules of a checkpoint, in float32 and ready to run."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .checkpoint import Checkpoint, CheckpointError, ConvertError, check_unet, tensors
+from .checkpoint import Checkpoint, CheckpointError, tensors
 
-MASKED = -1e4  # finite in float16, and exp() of it is 0
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -41,31 +36,6 @@ def unet(checkpoint: Checkpoint) -> torch.nn.Module:
 def vae(checkpoint: Checkpoint) -> torch.nn.Module:
     """Build the autoencoder."""
     return _fill(_diffusers_module(checkpoint, "vae"), checkpoint, "vae", _new_attention_name)
-
-
-def wrap(
-    component: str,
-    module: torch.nn.Module,
-    half: bool = False,
-    lost: dict[str, int] | None = None,
-) -> torch.nn.Module:
-    """A twin of the module that takes and returns what the graph does; it also runs in torch."""
-    if component == "unet":
-        check_unet(module.config)
-    with quiet():
-        from diffusers.models.attention_processor import Attention
-
-    twin = _twin(module, half, {} if lost is None else lost)
-    for layer in twin.modules():
-        if isinstance(layer, Attention):
-            layer.forward = partial(_attention, layer)
-    kinds: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-        "text_encoder": TextEncoder,
-        "unet": UNet,
-        "vae_decoder": VaeDecoder,
-        "vae_encoder": VaeEncoder,
-    }
-    return kinds[component](twin).eval()
 
 
 @contextmanager
@@ -107,19 +77,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def to_half(name: str, array: np.ndarray, lost: dict[str, int]) -> np.ndarray:
-    """Round to float16; what becomes Inf is an error, what becomes 0 is counted in `lost`."""
-    with np.errstate(over="ignore", under="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ConvertError(
-            f"{name} reaches {np.abs(array).max():.4g}, float16 ends at 65504; use weights fp32"
-        )
-    if zeros := int(((half == 0) & (array != 0)).sum()):
-        lost[name] = zeros
-    return half
 
 
 def _diffusers_module(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
@@ -193,126 +150,3 @@ def _clip_name(prefixed: bool) -> Callable[[str], str]:
 def _new_attention_name(name: str) -> str:
     *path, layer, kind = name.split(".")
     return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
-
-
-def _twin(module: torch.nn.Module, half: bool, lost: dict[str, int]) -> torch.nn.Module:
-    """A copy that shares the weights, or has them in float16; the original is left as it was."""
-    memo: dict[int, Any] = {}
-    for name, weight in module.named_parameters():
-        new = torch.from_numpy(to_half(name, weight.numpy(), lost)) if half else weight
-        memo[id(weight)] = torch.nn.Parameter(new, requires_grad=False)
-    return copy.deepcopy(module, memo)
-
-
-class TextEncoder(torch.nn.Module):
-    """CLIP's text model; its causal mask is a finite constant instead of minus infinity."""
-
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.module = module
-        length, dtype = module.config.max_position_embeddings, next(module.parameters()).dtype
-        self.register_buffer("mask", torch.full((length, length), MASKED, dtype=dtype).triu(1))
-
-    def forward(self, input_ids):  # (batch, 77) -> (batch, 77, hidden), (batch, hidden)
-        clip = getattr(self.module, "text_model", self.module)  # transformers 4 has it one down
-        x = clip.embeddings(input_ids=input_ids)
-        for layer in clip.encoder.layers:
-            x = x + self.attend(layer.self_attn, layer.layer_norm1(x))
-            x = x + layer.mlp(layer.layer_norm2(x))
-        x = clip.final_layer_norm(x)
-        eos = self.module.config.eos_token_id
-        # configs older than transformers 4.31 say 2; there the end token is the largest id
-        at_end = input_ids.int() if eos == 2 else (input_ids == eos).int()
-        return x, x[torch.arange(x.shape[0]), at_end.argmax(dim=-1)]
-
-    def attend(self, attention, x):
-        def heads(y):
-            return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-
-        q, k, v = (heads(f(x)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
-        scores = q @ k.transpose(-1, -2) * attention.scale + self.mask
-        return attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class UNet(torch.nn.Module):
-    """The U-Net without the branches on sizes that keep diffusers' forward from being exported."""
-
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None):
-        net, context = self.module, encoder_hidden_states
-        temb = net.time_embedding(net.get_time_embed(sample, timestep), timestep_cond)
-        x = net.conv_in(sample)
-        skips = [x]
-        for block in net.down_blocks:
-            x, more = block(x, temb, **_context(block, context))
-            skips += more
-        x = net.mid_block(x, temb, encoder_hidden_states=context)
-        for block in net.up_blocks:
-            skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            # always sized like the next skip, so that odd sizes come back as they went down
-            size = skips[-1].shape[2:] if skips else None
-            x = block(x, tuple(mine), temb, upsample_size=size, **_context(block, context))
-        return net.conv_out(net.conv_act(net.conv_norm_out(x)))
-
-
-class VaeDecoder(torch.nn.Module):
-    """Latents, already divided by the scaling factor, to an image in -1..1."""
-
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, latent_sample):
-        vae = self.module
-        x = vae.post_quant_conv(latent_sample) if vae.post_quant_conv else latent_sample
-        return vae.decoder(x)
-
-
-class VaeEncoder(torch.nn.Module):
-    """An image in -1..1 to the mean and log variance of its latents, before scaling."""
-
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, sample):
-        x = self.module.encoder(sample)
-        return self.module.quant_conv(x) if self.module.quant_conv else x
-
-
-def _context(block, context) -> dict:
-    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", 0) else {}
-
-
-def _attention(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-    """diffusers' attention layer around one fused operator: the score matrix never exists."""
-    x = hidden_states
-    if x.ndim == 4:  # the VAE's: (batch, channels, height, width)
-        x = x.flatten(2).transpose(1, 2)
-    if attn.group_norm is not None:
-        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-    context = x if encoder_hidden_states is None else encoder_hidden_states
-    q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
-    x = attn.to_out[0](_fused(q, k, v, attn.heads, attn.scale))
-    if hidden_states.ndim == 4:
-        x = x.transpose(1, 2).reshape(hidden_states.shape)
-    if attn.residual_connection:
-        x = x + hidden_states
-    return x / attn.rescale_output_factor if attn.rescale_output_factor != 1 else x
-
-
-def _fused(q, k, v, heads: int, scale: float):  # each (batch, tokens, heads * size)
-    if torch.compiler.is_exporting():
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention",
-            (q, k, v),
-            {"num_heads": heads, "scale": scale},
-            dtype=q.dtype,
-            shape=q.shape,
-            version=1,
-        )
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)

@@ -14,7 +14,8 @@ import onnx_ir as ir
 import torch
 
 from .checkpoint import ConvertError
-from .modules import quiet, to_half, wrap
+from .modules import quiet
+from .wrappers import to_half, wrap
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 # Any values do, as long as they differ: equal sizes would be taken for the same dimension.

@@ -3,7 +3,17 @@
 import shutil
 
 import pytest
+
+from ferrotype.benchmarks.checkpoints import EMOJI
 from ferrotype.runtime.pipeline import EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The folder of the trained checkpoint that the embedded bundle was made from."""
+    if not EMOJI.is_dir():
+        pytest.skip("the trained checkpoint is not beside the checkout, in ../shared/models")
+    return EMOJI
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ferrotype import bundle
 from ferrotype.bundle import BundleError, load, loads, save, staging, verify
 from ferrotype.runtime.engines import open_engine
 from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PAGE = (EMBEDDED.parent.parent / "docs" / "bundle.md").read_text("utf-8")
 EXAMPLE = PAGE.split("```json\n")[1].split("```")[0]

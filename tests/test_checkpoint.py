@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from ferrotype.convert.checkpoint import (
     CheckpointError,
     open_checkpoint,
@@ -13,7 +15,6 @@ from ferrotype.convert.checkpoint import (
     source_hash,
     tensors,
 )
-from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 

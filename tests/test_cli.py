@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
 from ferrotype import bundle, cli
 from ferrotype.runtime import pipeline
 from ferrotype.runtime.pictures import open_picture, read_text
 from ferrotype.runtime.pipeline import EMBEDDED
-from PIL import Image
 
 COMMAND = (sys.executable, "-c", "from ferrotype.cli import main; main(prog_name='ferrotype')")
 PROMPT = "a red apple on a sky blue background"

@@ -1,5 +1,6 @@
 """A converted checkpoint draws what diffusers draws; what is below the floor is never written."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -11,33 +12,40 @@ import torch
 from PIL import Image
 
 from ferrotype import bundle, parity
-from ferrotype.benchmarks.checkpoints import EMOJI, TINY, write_checkpoint
+from ferrotype.benchmarks.checkpoints import TINY, write_checkpoint
 from ferrotype.convert import STAGES, ConvertError, build, convert, reference
+from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.recipe import from_checkpoint
 from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
 
 PROMPT = "a red apple on a sky blue background"
-PRECISIONS = {"fp32": ("fp32", "fp32", 45), "w16": ("fp16", "fp32", 45), "fp16": ("fp16", "fp16", 35)}
+PRECISIONS = {
+    "fp32": ("fp32", "fp32", 45),
+    "w16": ("fp16", "fp32", 45),
+    "fp16": ("fp16", "fp16", 35),
+}
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory):
+def bundles(trained, tmp_path_factory):
     """The emoji checkpoint in every precision; the embedded bundle is one of them."""
     folder = tmp_path_factory.mktemp("bundles")
     made = {"w16": EMBEDDED}
     for name in ("fp32", "fp16"):
         weights, activations, _ = PRECISIONS[name]
         made[name] = folder / f"{name}.ferro"
-        convert(EMOJI, made[name], weights=weights, activations=activations)
+        convert(trained, made[name], weights=weights, activations=activations)
     return made
 
 
 @pytest.fixture(scope="session")
-def base_bundle(tmp_path_factory):
+def base_bundle(trained, tmp_path_factory):
     """The undistilled U-Net and its DPM-Solver schedule, converted in fp32."""
     folder = tmp_path_factory.mktemp("base")
     checkpoint = folder / "emoji-base"
-    shutil.copytree(EMOJI, checkpoint, ignore=shutil.ignore_patterns("unet", "scheduler", "samples"))
+    shutil.copytree(
+        trained, checkpoint, ignore=shutil.ignore_patterns("unet", "scheduler", "samples")
+    )
     (checkpoint / "unet_base").rename(checkpoint / "unet")
     (checkpoint / "scheduler_base").rename(checkpoint / "scheduler")
     index = json.loads((checkpoint / "model_index.json").read_text())
@@ -48,8 +56,8 @@ def base_bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def diffusers_pipe():
-    return from_diffusers("StableDiffusionPipeline", EMOJI)
+def diffusers_pipe(trained):
+    return from_diffusers("StableDiffusionPipeline", trained)
 
 
 def from_diffusers(kind, folder, scheduler=None):
@@ -61,8 +69,10 @@ def from_diffusers(kind, folder, scheduler=None):
         pipe = kind.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
     if scheduler:
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        keep = {k: v for k, v in config.items() if k.startswith(("beta", "num_train", "prediction"))}
-        keep |= {"timestep_spacing": "trailing", "steps_offset": 1}
+        keep = {
+            k: v for k, v in config.items() if k.startswith(("beta", "num_train", "prediction"))
+        }
+        keep |= {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False}
         pipe.scheduler = getattr(diffusers, scheduler).from_config(keep)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -91,8 +101,8 @@ def test_lcm_in_four_steps_matches_diffusers(bundles, diffusers_pipe, precision,
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_dpmpp_2m_in_twenty_steps_matches_diffusers(bundles, precision):
-    pipe = from_diffusers("StableDiffusionPipeline", EMOJI, "DPMSolverMultistepScheduler")
+def test_dpmpp_2m_in_twenty_steps_matches_diffusers(trained, bundles, precision):
+    pipe = from_diffusers("StableDiffusionPipeline", trained, "DPMSolverMultistepScheduler")
     expected = original(pipe, 7, num_inference_steps=20, guidance_scale=1.0)
     found = ours(bundles[precision], 7, sampler="dpmpp_2m", steps=20)
     assert parity.psnr(expected, found, peak=1.0) >= PRECISIONS[precision][2]
@@ -109,15 +119,25 @@ def test_the_undistilled_model_with_guidance_and_a_negative_prompt(base_bundle):
     Image.fromarray((found * 255).round().astype(np.uint8)).save(path.parent / "base.png")
 
 
-@pytest.mark.parametrize("scheduler, sampler", [("LCMScheduler", None), ("DDIMScheduler", "ddim")])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_image_to_image_matches_diffusers(bundles, scheduler, sampler, strength):
+def test_image_to_image_matches_diffusers(trained, bundles, strength):
     start = Pipeline.load().generate("a pizza", seed=3)
-    named = None if sampler is None else scheduler
-    pipe = from_diffusers("StableDiffusionImg2ImgPipeline", EMOJI, named)
+    pipe = from_diffusers("StableDiffusionImg2ImgPipeline", trained, "DDIMScheduler")
     options = {"num_inference_steps": 10, "guidance_scale": 1.0, "strength": strength}
     expected = original(pipe, 11, image=start, **options)
-    found = ours(bundles["fp32"], 11, image=start, strength=strength, steps=10, sampler=sampler)
+    found = ours(bundles["fp32"], 11, image=start, strength=strength, steps=10, sampler="ddim")
+    assert parity.psnr(expected, found, peak=1.0) >= 45
+
+
+def test_image_to_image_with_lcm_matches_diffusers(trained, bundles):
+    """Its own pipeline shortens the lattice by the strength, so the timesteps are handed over."""
+    start = Pipeline.load().generate("a pizza", seed=3)
+    pipe = from_diffusers("StableDiffusionImg2ImgPipeline", trained)
+    pipe.scheduler.set_timesteps(4, strength=0.5)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    options = {"timesteps": timesteps, "guidance_scale": 1.0, "strength": 1.0}
+    expected = original(pipe, 11, image=start, **options)
+    found = ours(bundles["fp32"], 11, image=start, strength=0.5, steps=4)
     assert parity.psnr(expected, found, peak=1.0) >= 45
 
 
@@ -140,7 +160,9 @@ def test_the_report_is_in_the_bundle(bundles, precision):
             assert result["psnr"] >= floors["component"]
             assert result["nan"] == result["inf"] == 0
     assert report["picture"]["psnr"] >= floors["picture"]
-    assert report["census"].keys() == report["components"].keys() == opened.manifest.components.keys()
+    assert (
+        report["census"].keys() == report["components"].keys() == opened.manifest.components.keys()
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -236,7 +258,7 @@ def test_interrupting_leaves_nothing(tmp_path, monkeypatch):
 def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
     monkeypatch.setattr(parity, "FP16_MAX", 0.5)
-    with pytest.raises(ConvertError, match=r"layer .* reaches .*, fp16 ends at 0: use --activations"):
+    with pytest.raises(ConvertError, match=r"layer .* reaches .*, fp16 ends at 0: use --act"):
         convert(checkpoint, tmp_path / "out.ferro", activations="fp16")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
@@ -252,10 +274,11 @@ def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monk
     ],
 )
 def test_a_wrong_option_is_one_line_and_nothing_is_written(tmp_path, options, message):
+    checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
     with pytest.raises(ConvertError) as caught:
-        convert(EMOJI, tmp_path / "out.ferro", **options)
+        convert(checkpoint, tmp_path / "out.ferro", **options)
     assert message in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +294,8 @@ def test_a_wrong_option_is_one_line_and_nothing_is_written(tmp_path, options, me
         ({"_class_name": "PNDMScheduler"}, ("dpmpp_2m", 20, 7.5, "leading")),
     ],
 )  # fmt: skip
-def test_the_scheduler_becomes_the_recipe(scheduler, expected):
-    recipe, notes = from_checkpoint(checkpoint_with(scheduler))
+def test_the_scheduler_becomes_the_recipe(tmp_path, scheduler, expected):
+    recipe, notes = from_checkpoint(checkpoint_with(scheduler, tmp_path / "tiny"))
     assert (recipe.sampler, recipe.steps, recipe.guidance, recipe.spacing) == expected
     assert bool(notes) == (scheduler["_class_name"] == "PNDMScheduler"), "a stand-in is told"
 
@@ -286,18 +309,14 @@ def test_the_scheduler_becomes_the_recipe(scheduler, expected):
         ({"_class_name": "DDIMScheduler", "beta_schedule": "odd"}, "beta_schedule 'odd'"),
     ],
 )
-def test_a_schedule_that_no_table_expresses_is_refused(scheduler, message):
+def test_a_schedule_that_no_table_expresses_is_refused(tmp_path, scheduler, message):
     with pytest.raises(ConvertError) as caught:
-        from_checkpoint(checkpoint_with(scheduler))
+        from_checkpoint(checkpoint_with(scheduler, tmp_path / "tiny"))
     assert message in str(caught.value)
 
 
-def checkpoint_with(scheduler):
-    import dataclasses
-
-    from ferrotype.convert.checkpoint import open_checkpoint
-
-    return dataclasses.replace(open_checkpoint(EMOJI), scheduler=scheduler)
+def checkpoint_with(scheduler, folder):
+    return dataclasses.replace(open_checkpoint(write_checkpoint(folder, TINY)), scheduler=scheduler)
 
 
 def test_the_reference_is_short_but_of_the_recipe(tmp_path):

@@ -58,7 +58,9 @@ def test_only_convert_imports_torch_and_its_kin(layer):
 def loaded_after(code):
     """The modules in memory after running some code in a fresh interpreter."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 

@@ -3,26 +3,23 @@
 import gc
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+
 from ferrotype.convert.checkpoint import CheckpointError, ConvertError, open_checkpoint, tensors
 from ferrotype.parity import psnr
 
 torch = pytest.importorskip("torch")
 
-from ferrotype.convert import modules  # noqa: E402
+from ferrotype.convert import modules, wrappers  # noqa: E402
 from ferrotype.convert.blame import blame, worst  # noqa: E402
 from ferrotype.convert.onnx import export, interface  # noqa: E402
 
-EMOJI = Path(os.environ.get("FERROTYPE_CHECKPOINT", "/work/shared/models/emoji-sd"))
-needs_emoji = pytest.mark.skipif(not EMOJI.is_dir(), reason=f"no checkpoint at {EMOJI}")
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 # (batch, latent height, latent width, tokens of text); torch saw (2, 72, 56, 11)
 SIZES = [(1, 8, 8, 7), (2, 9, 7, 77), (3, 5, 16, 7), (1, 33, 31, 154)]
@@ -163,7 +160,7 @@ def test_old_text_encoders_pool_at_the_largest_id():
     module = tiny("text_encoder", eos_token_id=2)
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 99, (3, 77)))
     ids[[0, 1, 2], [5, 76, 0]] = 99
-    found, expected = modules.wrap("text_encoder", module)(ids), module(ids)
+    found, expected = wrappers.wrap("text_encoder", module)(ids), module(ids)
     torch.testing.assert_close(found[0], expected.last_hidden_state)
     torch.testing.assert_close(found[1], expected.pooler_output)
 
@@ -199,9 +196,8 @@ def test_a_fixed_size_takes_only_that_size(tmp_path, component, changes, shape):
         assert np.abs(one.run(other)[0] - one.run(feeds)[0]).max() > 1e-3
 
 
-@needs_emoji
-def test_a_trained_unet_in_half_the_bytes_agrees_with_torch(tmp_path):
-    checkpoint = open_checkpoint(EMOJI)
+def test_a_trained_unet_in_half_the_bytes_agrees_with_torch(trained, tmp_path):
+    checkpoint = open_checkpoint(trained)
     unet = modules.unet(checkpoint)
     one = Exported("unet", unet, tmp_path, weights="fp16", latent_size=(15, 17))
     assert one.said["fp16_underflow"] == {}
@@ -271,7 +267,7 @@ def test_weights_that_vanish_in_float16_are_counted():
     lost = {}
     module = tiny("vae_encoder")
     module.encoder.conv_in.weight[:, 0, 0, 0] = 1e-9
-    modules.wrap("vae_encoder", module, half=True, lost=lost)
+    wrappers.wrap("vae_encoder", module, half=True, lost=lost)
     assert lost == {"encoder.conv_in.weight": 8}
 
 
@@ -340,7 +336,7 @@ def test_no_constant_is_infinite(exported, component):
 
 
 def test_an_infinite_mask_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ferrotype.convert.modules.MASKED", -torch.inf)
+    monkeypatch.setattr("ferrotype.convert.wrappers.MASKED", -torch.inf)
     with pytest.raises(ConvertError, match="mask is a constant with NaN or Inf"):
         export("text_encoder", tiny("text_encoder"), {}, tmp_path)
 

@@ -73,5 +73,5 @@ def test_every_precision_has_floors_and_others_are_named():
 
 def test_below_the_floor_is_an_error():
     parity.check("unet", 45.0, 45.0)
-    with pytest.raises(parity.ParityError, match=r"unet: PSNR 44\.9 dB, the floor is 45 dB; layer x"):
-        parity.check("unet", 44.9, 45.0, "; layer x")
+    with pytest.raises(parity.ParityError, match=r"^unet: PSNR 44\.9 dB, the floor is 45 dB; x$"):
+        parity.check("unet", 44.9, 45.0, "; x")

@@ -7,9 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
+
 from ferrotype.runtime import pictures
 from ferrotype.runtime.pictures import PictureError, check_free, open_picture, read_text, save_png
-from PIL import Image, PngImagePlugin
 
 RED = Image.new("RGB", (8, 8), "red")
 

@@ -39,9 +39,10 @@ def test_staged_and_resident_give_the_same_bytes(pipe):
 
 def test_only_one_component_is_loaded_at_a_time():
     staged = Pipeline.load()
-    for step in staged.steps(PROMPT, steps=2):
-        assert list(staged._engines) == ["unet"]
-    staged.decode(step)
+    run = staged.steps(PROMPT, steps=2)
+    next(run)
+    assert list(staged._engines) == ["unet"]
+    staged.decode(next(run))
     assert list(staged._engines) == ["vae_decoder"]
     staged.release()
     assert not staged._engines
@@ -106,7 +107,9 @@ def test_guidance_zero_and_one_are_one_pass(pipe, monkeypatch):
     calls = []
     original = Pipeline._run
     monkeypatch.setattr(
-        Pipeline, "_run", lambda self, name, inputs: calls.append(name) or original(self, name, inputs)
+        Pipeline,
+        "_run",
+        lambda self, name, inputs: calls.append(name) or original(self, name, inputs),
     )
     pictures = []
     for guidance, passes in [(0, 2), (1, 2), (3, 4)]:
@@ -118,6 +121,7 @@ def test_guidance_zero_and_one_are_one_pass(pipe, monkeypatch):
 
 def test_guidance_is_the_formula(pipe):
     """One step of a sampler whose result is the denoised: linear in the network's answer."""
+
     def denoised(guidance, prompt, negative=""):
         run = pipe.steps(prompt, steps=1, guidance=guidance, negative=negative)
         return next(run).denoised
@@ -193,10 +197,11 @@ def test_nan_from_a_network_is_an_error_never_a_black_picture(pipe, monkeypatch)
     original = Pipeline._run
 
     def broken(self, name, inputs):
-        return {k: v * np.nan if name == component else v for k, v in original(self, name, inputs).items()}
+        factor = np.nan if name == component else 1
+        return {output: factor * value for output, value in original(self, name, inputs).items()}
 
     monkeypatch.setattr(Pipeline, "_run", broken)
-    for component in ("unet", "vae_decoder"):  # noqa: B007  # read by broken()
+    for component in ("unet", "vae_decoder"):  # read by broken()
         with pytest.raises(PipelineError, match=f"the {component} returned NaN"):
             pipe.generate(PROMPT)
 
@@ -215,7 +220,6 @@ def test_embedded_guidance_is_an_input_of_the_unet(pipe, monkeypatch):
     from diffusers import LatentConsistencyModelPipeline
 
     component = pipe.bundle.component("unet")
-    fake = {**component.inputs, "timestep_cond": component.inputs["sample"]}
     monkeypatch.setattr(Pipeline, "_embeds_guidance", True)
     monkeypatch.setitem(component.config, "time_cond_proj_dim", 256)
     seen = []
@@ -234,9 +238,8 @@ def test_embedded_guidance_is_an_input_of_the_unet(pipe, monkeypatch):
     embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
     expected = embed(None, torch.tensor([7.0]), embedding_dim=256).numpy()
     np.testing.assert_allclose(seen[0], expected, atol=2e-3)  # theirs is float32 throughout
-    with pytest.raises(ValueError, match="has no effect at guidance 8 with this model: leave it out$"):
+    with pytest.raises(ValueError, match=r"no effect at guidance 8 .* model: leave it out$"):
         pipe.steps(PROMPT, guidance=8.0, negative="blur")
-    assert fake
 
 
 def test_load_is_the_short_name():

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ferrotype.bundle import Recipe
 from ferrotype.runtime import samplers, schedules
 from ferrotype.runtime.seeds import TorchNoise
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

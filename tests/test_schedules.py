@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from ferrotype import bundle
 from ferrotype.bundle import Recipe
 from ferrotype.runtime import schedules

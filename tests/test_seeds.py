@@ -5,9 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ferrotype.runtime import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ferrotype.runtime import seeds
 
 SHAPES = [(1,), (7,), (15,), (16,), (), (17,), (31,), (3,), (33,), (0,), (1000,), (2, 5),
           (1, 4, 64, 64), (1,), (1, 4, 5, 7), (2, 4, 8, 8)]  # fmt: skip
