@@ -118,6 +118,7 @@ sampler_options = [
     click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's."),
     click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: the bundle's."),
     click.option("--spacing", type=click.Choice(SPACINGS), help="Timesteps of another sampler."),
+    click.option("--guidance", type=click.FloatRange(0, 50), help="0, 1: none. Default: bundle's."),
 ]
 
 
@@ -195,7 +196,6 @@ def convert(
 @click.option("-b", "--bundle", type=BUNDLE, help="Default: the embedded emoji model.")
 @click.option("-o", "--output", type=FILE, help="PNG to write.  Default: named after the prompt.")
 @with_options(sampler_options)
-@click.option("--guidance", type=click.FloatRange(0, 50), help="0 and 1: none. Default: bundle's.")
 @click.option("--negative", default="", metavar="PROMPT", help="What to keep away from.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
 @click.option("--rng", type=click.Choice(RNGS), default="torch", show_default=True)
@@ -377,7 +377,9 @@ def verify(bundle: Path | None, as_json: bool) -> None:
 @click.option("-o", "--output", type=FILE, help="Save the sampler table as JSON.")
 @click.option("-f", "--force", is_flag=True, help="Replace a file.")
 @json_option
-def plan(bundle, steps, sampler, spacing, strength, sampler_table, output, force, as_json):
+def plan(
+    bundle, steps, sampler, spacing, guidance, strength, sampler_table, output, force, as_json
+):  # fmt: skip
     """Show what drawing with BUNDLE will do, before it is done.  Default: the embedded bundle.
 
     \b
@@ -389,7 +391,8 @@ def plan(bundle, steps, sampler, spacing, strength, sampler_table, output, force
 
     with usage():
         pipe = Pipeline(open_bundle(bundle))
-        table = samplers.table(pipe.recipe(steps, sampler, None, spacing), strength)
+        recipe = pipe.recipe(steps, sampler, guidance, spacing)
+        table = samplers.table(recipe, strength)
     if output:
         with pictures.new_file(output, force) as stream:
             stream.write(samplers.to_json(table).encode())
@@ -397,7 +400,7 @@ def plan(bundle, steps, sampler, spacing, strength, sampler_table, output, force
     elif sampler_table:
         click.echo(samplers.to_json(table) if as_json else samplers.format_table(table))
     else:
-        stages = pipe.stages(len(table.rows), image=strength is not None)
+        stages = pipe.stages(table, recipe.guidance)
         rows = [{"component": n, "bytes": b, "runs": r} for n, b, r in stages]
         lines = [(n, mib(b), f"load, run {r} x, free") for n, b, r in stages]
         click.echo(json.dumps(rows) if as_json else columns(lines))

@@ -66,7 +66,7 @@ TINY: dict[str, dict[str, Any]] = {
 def write_checkpoint(
     folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """Write a random checkpoint of these configs to a new folder; the tokenizer is the embedded model's."""
+    """Write a random checkpoint of these configs to a new folder; with the embedded tokenizer."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     for name, (kind, stem) in KINDS.items():

@@ -33,9 +33,9 @@ def run(*command: str, cwd: Path | None = None) -> Measured:
     )
     peak = anonymous = 0.0
     while process.poll() is None:
-        status = _status(process.pid)
-        peak = max(peak, status.get("VmHWM", 0.0))
-        anonymous = max(anonymous, status.get("RssAnon", 0.0))
+        now = status(process.pid)
+        peak = max(peak, now.get("VmHWM", 0.0))
+        anonymous = max(anonymous, now.get("RssAnon", 0.0))
         time.sleep(0.01)
     seconds = time.perf_counter() - start
     out, err = process.communicate()
@@ -49,8 +49,8 @@ def ferrotype(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-c", "from ferrotype.cli import main; main()", *arguments)
 
 
-def _status(pid: int) -> dict[str, float]:
-    """The memory lines of /proc/PID/status in MiB; empty once the process is gone."""
+def status(pid: int | str = "self") -> dict[str, float]:
+    """The memory lines of a process in MiB, by the kernel's names; empty once it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle import Recipe
+from ..runtime.samplers import ETA
 from .checkpoint import Checkpoint, CheckpointError
 
 # diffusers' class -> our sampler, steps and guidance when the checkpoint says nothing better.
@@ -19,7 +20,6 @@ SAMPLER_OF = {
 }
 STAND_IN = ("dpmpp_2m", 20, 7.5)  # for a scheduler that we do not offer, said in a note
 LCM_EMBEDDED_GUIDANCE = 8.0  # what LCM_Dreamshaper and its kin were distilled for
-TCD_GAMMA = 0.3
 # Options of a scheduler that change the result and that a table of coefficients cannot express.
 UNSUPPORTED = {
     "thresholding": False,
@@ -68,7 +68,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
             set_alpha_to_one=config.get("set_alpha_to_one", True),
             original_steps=config.get("original_inference_steps", 50),
             timestep_scaling=config.get("timestep_scaling", 10.0),
-            eta=TCD_GAMMA if sampler == "tcd" else 0.0,
+            eta=ETA.get(sampler, 0.0),
         )
     except ValueError as error:
         raise CheckpointError(f"scheduler_config.json: {error}") from None

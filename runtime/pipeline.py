@@ -89,7 +89,11 @@ class Pipeline:
         if sampler is not None and sampler != recipe.sampler:
             schedules.choose("sampler", sampler, samplers.SAMPLERS)
             recipe = dataclasses.replace(
-                recipe, sampler=sampler, spacing=SPACING.get(sampler, "trailing"), timesteps=()
+                recipe,
+                sampler=sampler,
+                spacing=SPACING.get(sampler, "trailing"),
+                eta=samplers.ETA.get(sampler, 0.0),
+                timesteps=(),
             )
         return dataclasses.replace(
             recipe,
@@ -104,11 +108,16 @@ class Pipeline:
         """Side of the square of pixels that one latent stands for: 8 in every Stable Diffusion."""
         return 2 ** (len(self.bundle.component("vae_decoder").config["block_out_channels"]) - 1)
 
-    def stages(self, steps: int, image: bool = False) -> list[tuple[str, int, int]]:
+    def stages(self, table: Table, guidance: float) -> list[tuple[str, int, int]]:
         """What a run loads, in order: component, bytes on disk, how often it runs."""
-        passes = 2 if self._two_passes(self.manifest.recipe.guidance) else 1
-        runs = {"text_encoder": passes, "vae_encoder": int(image), "unet": passes * steps}
-        runs["vae_decoder"] = 1
+        passes = 2 if self._two_passes(guidance) else 1
+        image = 1 if table.start_image else 0
+        runs = {
+            "text_encoder": passes,
+            "vae_encoder": image,
+            "unet": passes * len(table.rows),
+            "vae_decoder": 1,
+        }
         parts = self.manifest.components
         return [(n, self.bundle.bytes_of(parts[n].path), r) for n, r in runs.items() if r]
 

@@ -263,6 +263,9 @@ SAMPLERS: dict[str, Callable[[Recipe, float | None], Plan]] = {
 }
 
 
+ETA = {"tcd": 0.3}  # what a sampler is run with where nothing else is said; 0 for the others
+
+
 def _consistency_timesteps(recipe: Recipe, strength: float | None) -> npt.NDArray[np.int_]:
     if recipe.spacing == "leading" and not recipe.timesteps:
         raise ValueError(

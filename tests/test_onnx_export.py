@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import subprocess
 import sys
 

@@ -244,3 +244,11 @@ def test_embedded_guidance_is_an_input_of_the_unet(pipe, monkeypatch):
 
 def test_load_is_the_short_name():
     assert ferrotype.load().generate("a pizza", steps=1).size == (128, 128)
+
+
+def test_another_sampler_comes_with_its_own_spacing_and_noise(pipe):
+    recipe = pipe.recipe(sampler="tcd")
+    assert (recipe.spacing, recipe.eta) == ("lcm", 0.3)
+    recipe = pipe.recipe(sampler="ddim", eta=0.5)
+    assert (recipe.spacing, recipe.eta) == ("trailing", 0.5)
+    assert pipe.recipe(sampler="lcm") == pipe.manifest.recipe
