@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -189,7 +190,7 @@ def compare(
     return rows, theirs["versions"], passed
 
 
-def optimum(python: Path, calls: dict[str, dict]) -> dict[str, dict[str, str]]:
+def optimum(python: Path, calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Draw with Optimum: the errors by picture, and the versions that it ran with."""
     packages = [pin.split("==")[0] for pin in PINS]
     run = subprocess.run(
@@ -205,7 +206,7 @@ def optimum(python: Path, calls: dict[str, dict]) -> dict[str, dict[str, str]]:
 
 def ours(pipe: Pipeline, call: Call, image: Path) -> np.ndarray:
     """The same call of our own pipeline: (height, width, 3) in [0, 1]."""
-    start = {}
+    start: dict[str, Any] = {}
     if call.strength is not None:
         start = {"sampler": "ddim", "image": Image.open(image), "strength": call.strength}
     *_, last = pipe.steps(

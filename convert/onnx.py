@@ -85,15 +85,19 @@ def interface(
             inputs["timestep_cond"] = _tensor(real, ["batch", config.time_cond_proj_dim])
         return inputs, {"out_sample": _tensor(real, ["batch", config.out_channels, height, width])}
     scale = 2 ** (len(config.block_out_channels) - 1)
-    size = ["image_height", "image_width"]
-    if latent_size:
-        size = [scale * latent_size[1], scale * latent_size[0]]
     if component == "vae_decoder":
+        # expressions of the inputs' names, from which hosts size the output before the run
+        size = [f"{scale}*height", f"{scale}*width"]
+        if latent_size:
+            size = [scale * latent_size[1], scale * latent_size[0]]
         latent = ["batch", config.latent_channels, height, width]
         image = ["batch", config.out_channels, *size]
         return {"latent_sample": _tensor(real, latent)}, {"sample": _tensor(real, image)}
+    size, small = ["height", "width"], [f"height//{scale}", f"width//{scale}"]  # in pixels here
+    if latent_size:
+        size, small = [scale * latent_size[1], scale * latent_size[0]], [height, width]
     image = ["batch", config.in_channels, *size]
-    parameters = ["batch", 2 * config.latent_channels, height, width]
+    parameters = ["batch", 2 * config.latent_channels, *small]
     return {"sample": _tensor(real, image)}, {"latent_parameters": _tensor(real, parameters)}
 
 
@@ -135,9 +139,7 @@ def _to_graph(wrapper: torch.nn.Module, inputs: dict, outputs: dict, opset: int)
 
 
 def _example(n: int | str) -> int:
-    if isinstance(n, int):
-        return n
-    return 8 * EXAMPLE[n.removeprefix("image_")] if n.startswith("image_") else EXAMPLE[n]
+    return n if isinstance(n, int) else EXAMPLE[n]
 
 
 def _rename_dims(graph: ir.Graph, inputs: dict, outputs: dict) -> None:
