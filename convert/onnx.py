@@ -85,20 +85,29 @@ def interface(
             inputs["timestep_cond"] = _tensor(real, ["batch", config.time_cond_proj_dim])
         return inputs, {"out_sample": _tensor(real, ["batch", config.out_channels, height, width])}
     scale = 2 ** (len(config.block_out_channels) - 1)
+    full, small = _vae_sizes(component, scale, latent_size)
     if component == "vae_decoder":
-        # expressions of the inputs' names, from which hosts size the output before the run
-        size = [f"{scale}*height", f"{scale}*width"]
-        if latent_size:
-            size = [scale * latent_size[1], scale * latent_size[0]]
-        latent = ["batch", config.latent_channels, height, width]
-        image = ["batch", config.out_channels, *size]
+        latent = ["batch", config.latent_channels, *small]
+        image = ["batch", config.out_channels, *full]
         return {"latent_sample": _tensor(real, latent)}, {"sample": _tensor(real, image)}
-    size, small = ["height", "width"], [f"height//{scale}", f"width//{scale}"]  # in pixels here
-    if latent_size:
-        size, small = [scale * latent_size[1], scale * latent_size[0]], [height, width]
-    image = ["batch", config.in_channels, *size]
+    image = ["batch", config.in_channels, *full]
     parameters = ["batch", 2 * config.latent_channels, *small]
     return {"sample": _tensor(real, image)}, {"latent_parameters": _tensor(real, parameters)}
+
+
+def _vae_sizes(
+    component: str, scale: int, latent_size: tuple[int, int] | None
+) -> tuple[list, list]:
+    """Height and width of the image and of the latents; an output's in terms of the input's.
+
+    Optimum computes the expressions before a run, and reads them only with the blanks.
+    """
+    if latent_size:
+        width, height = latent_size
+        return [scale * height, scale * width], [height, width]
+    if component == "vae_decoder":
+        return [f"{scale} * height", f"{scale} * width"], ["height", "width"]
+    return ["height", "width"], [f"height // {scale}", f"width // {scale}"]
 
 
 def _tensor(dtype: str, shape: list) -> dict:
