@@ -37,11 +37,10 @@ def test_mypy(tmp_path):
 def help_page():
     """docs/cli.md: the help of every command, as it is printed."""
     parts = ["# The command line\n\nWritten by `python tests/test_lint.py`; a test compares.\n"]
-    for path, command in [("ferrotype", main)] + [
-        (f"ferrotype {name}", command) for name, command in main.commands.items()
-    ]:
-        inner = click.Context(command, info_name=path, terminal_width=88, parent=None)
-        parts.append(f"## {path}\n\n```\n{command.get_help(inner)}\n```\n")
+    top = click.Context(main, info_name="ferrotype", terminal_width=88, **main.context_settings)
+    inner = {name: click.Context(c, top, name) for name, c in main.commands.items()}
+    for context in (top, *inner.values()):
+        parts.append(f"## {context.command_path}\n\n```\n{context.get_help()}\n```\n")
     return "\n".join(parts)
 
 
