@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle import hash_file
 from ..errors import FerrotypeError
 
 COMPONENTS = {  # component -> its class in model_index.json, the stem of its weights file
@@ -173,16 +174,8 @@ def source_hash(checkpoint: Checkpoint) -> str:
     paths += [path for path in checkpoint.tokenizer.iterdir() if path.is_file()]
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
-        total.update(f"{name}\0{_sha256(path)}\n".encode())
+        total.update(f"{name}\0{hash_file(path)}\n".encode())
     return total.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_pipeline(folder: Path, index: dict) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 from .. import bundle as bundles
 from .checkpoint import Checkpoint, ConvertError
 
-SHIPPED = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+SHIPPED = ("vocab.json", "merges.txt", "special_tokens_map.json")
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> bundles.Tokenizer:
-    """Copy a tokenizer into folder/tokenizer, with tokenizer.json, vocab.json and merges.txt made
-    from each other where one is missing.
+    """Write folder/tokenizer: tokenizer.json, and vocab.json with merges.txt for older tools.
 
     Raises ConvertError if it is no CLIP tokenizer.
     """
@@ -27,15 +26,12 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> bundles.Tokenizer:
         if (checkpoint.tokenizer / name).is_file():
             shutil.copyfile(checkpoint.tokenizer / name, out / name)
     source = original(checkpoint)
-    (out / "tokenizer.json").write_text(
-        source.backend_tokenizer.to_str(pretty=False) + "\n", encoding="utf-8"
-    )
+    fast = source.backend_tokenizer.to_str(pretty=False)
+    (out / "tokenizer.json").write_text(fast + "\n", encoding="utf-8")
+    length = checkpoint.configs["text_encoder"]["max_position_embeddings"]
     _write_old_form(out)
-    return bundles.Tokenizer(
-        path="tokenizer",
-        max_length=checkpoint.configs["text_encoder"]["max_position_embeddings"],
-        pad_token=source.pad_token,
-    )
+    _write_config(checkpoint, out, source, length)
+    return bundles.Tokenizer(path="tokenizer", max_length=length, pad_token=source.pad_token)
 
 
 def original(checkpoint: Checkpoint) -> Any:
@@ -63,3 +59,19 @@ def _write_old_form(out: Path) -> None:
     if not merges.is_file():
         pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+
+
+def _write_config(checkpoint: Checkpoint, out: Path, source: Any, length: int) -> None:
+    """The checkpoint's tokenizer_config.json with the length that the graph takes.
+
+    Other tools pad to model_max_length, whatever the text encoder reads.
+    """
+    path = checkpoint.tokenizer / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config |= {
+        "model_max_length": length,
+        "pad_token": source.pad_token,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

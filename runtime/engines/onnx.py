@@ -81,8 +81,8 @@ def _session(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or 0  # 0: one per core
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # what a stage used goes back when the stage is done
-    # Repacking weights and layouts, the default, was slower to load and to run, and costs a second
-    # copy of the weights: benchmarks/results/graphs.md.
+    # Repacking weights and layouts, the default, is slower to load, costs a second copy of the
+    # weights, and gained no speed: benchmarks/results/graphs.md.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Idle workers must not spin: they would take the cores from an app's own threads.
