@@ -2,9 +2,8 @@
 
     python benchmarks/sd15.py            # about 10 minutes, 10 GB of disk; writes results/sd15.md
 
-Time and peak memory of each are measured from outside the process.  A full attention score matrix
-at this size would be 8 heads x 4096 x 4096 x 4 bytes = 512 MiB in one piece: with memory-mapped
-weights (--weights fp32) all that a run may allocate stays below that.
+Time and peak memory of each are measured from outside the process.  What each stage allocates, and
+that no full attention score matrix is among it, shows benchmarks/stages.py.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def convert(
         from .build import build
     except ModuleNotFoundError as error:
         raise ConvertError(
-            f"converting needs {error.name}: pip install 'ferrotype[convert]'"
+            f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
         ) from None
     precision = Precision(weights, activations)
     return build(checkpoint, out, precision, size, name, licence, force, progress)
