@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +34,13 @@ WINDOWS_DEVICES = {
     "nul",
     *(f"{d}{n}" for d in ("com", "lpt") for n in "123456789"),
 }
+TEXT_ENCODERS = {  # component -> its tokenizer; SDXL has both, and joins their states
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+}
+TIME_IDS = 6  # height, width, top, left, height, width: what SDXL is told of the picture
 # What a host takes from a network: the output's name and its number of dimensions.
 OUTPUTS = {
-    "text_encoder": ("last_hidden_state", 3),
     "unet": ("out_sample", 4),
     "vae_decoder": ("sample", 4),
     "vae_encoder": ("latent_parameters", 4),
@@ -164,6 +168,7 @@ class Recipe:
     timestep_scaling: float = 10.0  # LCM's boundary condition
     eta: float = 0.0  # DDIM's eta, TCD's gamma: the share of noise put back at each step
     timesteps: tuple[float, ...] = ()  # these and no spacing, where a model was distilled on them
+    zero_negative: bool = False  # an empty negative prompt means zeros, not the states of ""
 
     def __post_init__(self) -> None:
         _require(1 <= self.steps <= 1000, f"steps is {self.steps}, not in 1..1000")
@@ -252,6 +257,12 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.components)
             raise BundleError(f"{self.folder} has no {name}: it holds {have}") from None
+
+
+def states_of(outputs: Iterable[str]) -> str:
+    """Which of a text encoder's outputs the U-Net attends to; empty if it is not just one."""
+    found = [n for n in outputs if re.fullmatch(r"last_hidden_state|hidden_states\.[0-9]+", n)]
+    return found[0] if len(found) == 1 else ""
 
 
 # --- load and verify ----------------------------------------------------------------------------
@@ -371,11 +382,19 @@ def _check_parts(bundle: Bundle) -> None:
 
 def _check_networks(manifest: Manifest) -> None:
     """What every host computes with must be there, before a network is loaded for it."""
+    parts = manifest.components
     for name, (output, rank) in OUTPUTS.items():
-        if name in manifest.components:
-            tensor = manifest.components[name].outputs.get(output)
-            found = tensor and len(tensor.shape)
-            _require(found == rank, f"components.{name}.outputs: no {output} of {rank} dimensions")
+        if name in parts:
+            _check_output(parts[name], name, output, rank)
+    for name in TEXT_ENCODERS:
+        if name in parts:
+            outputs = parts[name].outputs
+            _require(
+                states_of(outputs) or not outputs,
+                f"components.{name}.outputs: last_hidden_state or one hidden_states.K expected, "
+                f"found {_printable(', '.join(outputs), 100)}",
+            )
+            _check_output(parts[name], name, states_of(outputs) or "last_hidden_state", 3)
     if "vae_decoder" in manifest.components:
         where, config = "components.vae_decoder.config", manifest.components["vae_decoder"].config
         channels = _read(int, config.get("latent_channels"), f"{where}.latent_channels")
@@ -391,13 +410,28 @@ def _check_networks(manifest: Manifest) -> None:
             rows == channels + 1,
             f"preview has {rows} rows, {channels} latent channels and bias expected",
         )
-    unet = manifest.components.get("unet")
+    unet = parts.get("unet")
     if unet and "timestep_cond" in unet.inputs:
         where = "components.unet.config.time_cond_proj_dim"
         width = _read(int, unet.config.get("time_cond_proj_dim"), where)
         _require(
             4 <= width <= 1 << 16 and width % 2 == 0, f"{where} is {width}, not even in 4..65536"
         )
+    if unet and "time_ids" in unet.inputs:
+        shape = unet.inputs["time_ids"].shape
+        _require(
+            len(shape) == 2 and shape[1] == TIME_IDS,
+            f"components.unet.inputs: time_ids is not of {TIME_IDS} numbers",
+        )
+    if unet and "text_embeds" in unet.inputs:
+        _require("text_encoder_2" in parts, "components: no text_encoder_2, which the unet needs")
+        _check_output(parts["text_encoder_2"], "text_encoder_2", "text_embeds", 2)
+
+
+def _check_output(part: Component, name: str, output: str, rank: int) -> None:
+    tensor = part.outputs.get(output)
+    found = tensor and len(tensor.shape)
+    _require(found == rank, f"components.{name}.outputs: no {output} of {rank} dimensions")
 
 
 # --- save ---------------------------------------------------------------------------------------

@@ -63,24 +63,77 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+TINY_SD2 = TINY | {  # as 2.1 at 768 pixels: predicts v
+    "unet": TINY["unet"] | {"use_linear_projection": True, "attention_head_dim": [1, 2]},
+    "scheduler": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
+                  "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+                  "set_alpha_to_one": False, "clip_sample": False,
+                  "prediction_type": "v_prediction"},
+}  # fmt: skip
+
+SDXL: dict[str, dict[str, Any]] = {  # base 1.0
+    "text_encoder": SD15["text_encoder"] | {"eos_token_id": 2},
+    "text_encoder_2": {
+        "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120,
+        "num_hidden_layers": 32, "num_attention_heads": 20, "max_position_embeddings": 77,
+        "hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2,
+    },
+    "unet": {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    },
+    "vae": SD15["vae"] | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "scheduler": {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear",
+                  "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+                  "timestep_spacing": "leading", "prediction_type": "epsilon"},
+}  # fmt: skip
+
+TINY_XL: dict[str, dict[str, Any]] = {
+    "text_encoder": TINY["text_encoder"] | {"num_hidden_layers": 3, "eos_token_id": 2},
+    "text_encoder_2": TINY["text_encoder"] | {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu",
+        "projection_dim": 40, "eos_token_id": 2,
+    },
+    "unet": TINY["unet"] | {
+        "cross_attention_dim": 80, "attention_head_dim": [2, 4], "use_linear_projection": True,
+        "transformer_layers_per_block": [1, 2], "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 88,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "vae": TINY["vae"] | {"scaling_factor": 0.13025, "force_upcast": True},
+    "scheduler": SDXL["scheduler"],
+}  # fmt: skip
+
+
 def write_checkpoint(
     folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """Write a random checkpoint of these configs to a new folder; with the embedded tokenizer."""
+    """Write a random checkpoint of these configs to a new folder; with the embedded tokenizer.
+
+    With a text_encoder_2 it is one of SDXL.
+    """
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    for name, (kind, stem) in KINDS.items():
+    kinds = {name: kind for name, kind in KINDS.items() if name in configs}
+    for name, (kind, stem) in kinds.items():
         module = _on_meta(kind, configs[name])
         target = folder / name
-        module.save_config(target) if kind != "CLIPTextModel" else module.config.save_pretrained(
-            target
-        )
+        save = module.config.save_pretrained if kind.startswith("CLIP") else module.save_config
+        save(target)
         prefix = "text_model." if kind == "CLIPTextModel" else ""
         state = module.state_dict()
         bare = {k.removeprefix(prefix): v for k, v in state.items()}
         tensors = {prefix + k: _draw(k, v.shape).to(dtype) for k, v in bare.items()}
         save_file(tensors, target / f"{stem}.safetensors")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
+    if "text_encoder_2" in configs:
+        _write_tokenizer_2(folder)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
     index = {
@@ -94,24 +147,48 @@ def write_checkpoint(
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
+    if "text_encoder_2" in configs:
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+        del index["safety_checker"], index["requires_safety_checker"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
     return folder
 
 
 KINDS = {
     "text_encoder": ("CLIPTextModel", "model"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "model"),
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
 }
 
 
+def _write_tokenizer_2(folder: Path) -> None:
+    """OpenCLIP's: the same, but it pads with "!", which makes that a token of its own.
+
+    Both state the length that the text encoders read: diffusers pads to it.
+    """
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    for name in ("tokenizer", "tokenizer_2"):
+        pad = "!" if name == "tokenizer_2" else "<|endoftext|>"
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = folder / name / file
+            length = {"model_max_length": 77} if file == "tokenizer_config.json" else {}
+            fields = json.loads(path.read_text()) | {"pad_token": pad} | length
+            path.write_text(json.dumps(fields, indent=1))
+
+
 def _on_meta(kind: str, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        if kind == "CLIPTextModel":
+        if kind.startswith("CLIP"):
             import transformers
 
             ends = {"bos_token_id": 2046, "eos_token_id": 2047, "pad_token_id": 2047}
-            return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, **ends))
+            return getattr(transformers, kind)(transformers.CLIPTextConfig(**ends | config))
         import diffusers
 
         return getattr(diffusers, kind).from_config(config)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "ConvertError", "convert"]
 
 TARGETS = ("onnx",)
-STAGES = 13
+STAGES = 13  # of a model with one text encoder; a second one makes 3 more
 
 
 def convert(
@@ -34,7 +34,7 @@ def convert(
 
     `size` (width, height) fixes the picture size; by default every multiple of 8 works.
     `name` and `licence` are those of the checkpoint's folder and model card if not given.
-    `progress` is told the name of every stage as it begins, STAGES in all.
+    `progress` is told the name of every stage as it begins, STAGES in all, for SDXL 3 more.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """

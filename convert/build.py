@@ -19,7 +19,7 @@ import numpy as np
 from .. import bundle as bundles
 from .. import parity
 from .._version import __version__
-from ..bundle import Bundle, Component, Manifest, Precision, Sizes, Source, Tensor
+from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source, Tensor
 from ..runtime.engines import open_engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
@@ -86,9 +86,13 @@ class _Job:
 
     def manifest(self) -> Manifest:
         """Record and export every component into the staged folder."""
-        self.tokens = tokenizer.write_tokenizer(self.checkpoint, self.staged)
+        self.encoders = [name for name in TEXT_ENCODERS if name in self.checkpoint.configs]
+        self.tokens = {
+            TEXT_ENCODERS[name]: tokenizer.write_tokenizer(self.checkpoint, self.staged, name)
+            for name in self.encoders
+        }
         components = {
-            "text_encoder": self._text_encoder(),
+            **{name: self._text_encoder(name) for name in self.encoders},
             "unet": self._unet(),
             **self._vae(),
         }
@@ -105,30 +109,39 @@ class _Job:
             sizes=self.sizes,
             recipe=self.recipe,
             preview=tuple(map(_three_digits, self.reference.preview)),
-            tokenizers={"tokenizer": self.tokens},
+            tokenizers=self.tokens,
             components=components,
             parity={},
         )
 
-    def _text_encoder(self) -> Component:
-        self.progress("record text_encoder")
-        module = modules.text_encoder(self.checkpoint)
-        source = tokenizer.original(self.checkpoint)
+    def _text_encoder(self, name: str) -> Component:
+        self.progress(f"record {name}")
+        module = getattr(modules, name)(self.checkpoint)
+        kind = TEXT_ENCODERS[name]
+        source = tokenizer.original(self.checkpoint.tokenizers[kind])
         prompts = (PROMPT, *reference.OTHER_PROMPTS)
-        tokens = [tokenizer.original_ids(source, p, self.tokens.max_length) for p in prompts]
+        tokens = [tokenizer.original_ids(source, p, self.tokens[kind].max_length) for p in prompts]
         with modules.census(module) as census:
-            self.reference.runs["text_encoder"] = reference.record_text(module, tokens)
-        return self._export("text_encoder", module, census)
+            self.reference.runs[name] = reference.record_text(module, tokens)
+        return self._export(name, module, census)
 
     def _unet(self) -> Component:
         self.progress("record unet")
         module = modules.unet(self.checkpoint)
-        states = [r.outputs["last_hidden_state"] for r in self.reference.runs["text_encoder"]]
-        text = {"prompt": states[0], "negative": states[1]}
+        text = {"prompt": self._text(0), "negative": self._text(1)}
+        if self.recipe.zero_negative:
+            text["negative"] = {
+                name: value if name == "time_ids" else np.zeros_like(value)
+                for name, value in text["negative"].items()
+            }
         scale = self.checkpoint.vae_scale
         with modules.census(module) as census:
             self.reference.runs["unet"] = reference.record_unet(module, self.reference, text, scale)
         return self._export("unet", module, census)
+
+    def _text(self, prompt: int) -> reference.Arrays:
+        outputs = [self.reference.runs[name][prompt].outputs for name in self.encoders]
+        return reference.text_inputs(outputs, self.reference.size)
 
     def _vae(self) -> dict[str, Component]:
         self.progress("record vae")
@@ -217,14 +230,15 @@ class _Job:
         }
 
     def _check_tokenizer(self, bundle: Bundle) -> None:
-        encode = Tokenizer(bundle)
         prompts = (PROMPT, *reference.OTHER_PROMPTS)
-        for prompt, run in zip(prompts, self.reference.runs["text_encoder"], strict=True):
-            if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
-                raise ConvertError(
-                    f"tokenizer.json encodes {prompt!r} unlike transformers' CLIPTokenizer: "
-                    "is it another model's?"
-                )
+        for name in self.encoders:
+            encode = Tokenizer(bundle, TEXT_ENCODERS[name])
+            for prompt, run in zip(prompts, self.reference.runs[name], strict=True):
+                if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
+                    raise ConvertError(
+                        f"{TEXT_ENCODERS[name]}.json encodes {prompt!r} unlike transformers' "
+                        "CLIPTokenizer: is it another model's?"
+                    )
 
     def _check_component(self, bundle: Bundle, name: str) -> dict[str, Any]:
         self.progress(f"check {name}")

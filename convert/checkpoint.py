@@ -12,26 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle import hash_file
+from ..bundle import TEXT_ENCODERS, TIME_IDS, hash_file
 from ..errors import FerrotypeError
 
 COMPONENTS = {  # component -> its class in model_index.json, the stem of its weights file
     "text_encoder": ("CLIPTextModel", "model"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "model"),
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
 }
+XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
+    *XL_PIPELINES,
 )
 FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 UNUSED_BY_UNET = {  # config field -> the only value that the exported graph computes
-    "addition_embed_type": None,
     "class_embed_type": None,
     "num_class_embeds": None,
     "encoder_hid_dim_type": None,
@@ -43,6 +45,7 @@ UNUSED_BY_UNET = {  # config field -> the only value that the exported graph com
     "dual_cross_attention": False,
     "center_input_sample": False,
 }
+UNUSED_BY_VAE = {"latents_mean": None, "latents_std": None, "shift_factor": None}
 
 
 class ConvertError(FerrotypeError):
@@ -59,13 +62,13 @@ class Checkpoint:
 
     folder: Path
     name: str
-    family: str  # sd1 | sd2 | sd
+    family: str  # sd1 | sd2 | sd | sdxl
     license: str  # of the model card's front matter, or "unknown"
-    configs: dict[str, dict]  # by component: text_encoder, unet, vae
+    configs: dict[str, dict]  # by component: text_encoder(_2), unet, vae
     weights: dict[str, tuple[Path, ...]]  # by component; several files when sharded
     scheduler: dict
     model_index: dict
-    tokenizer: Path
+    tokenizers: dict[str, Path]  # by name: tokenizer, tokenizer_2
 
     @property
     def vae_scale(self) -> int:
@@ -87,24 +90,27 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             "give the top folder of a checkpoint in the diffusers layout"
         )
     index = _read_json(folder / "model_index.json")
-    _check_pipeline(folder, index)
-    configs = {name: _read_json(folder / name / "config.json") for name in COMPONENTS}
-    check_unet(configs["unet"])
-    tokenizer = folder / "tokenizer"
-    if not any((tokenizer / f).is_file() for f in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(
-            f"{tokenizer} has neither tokenizer.json nor vocab.json; copy it there"
-        )
+    names = _components(folder, index)
+    configs = {name: _read_json(folder / name / "config.json") for name in names}
+    xl = index["_class_name"] in XL_PIPELINES
+    _check_configs(configs, xl)
+    tokenizers = {t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names}
+    for tokenizer in tokenizers.values():
+        if not any((tokenizer / f).is_file() for f in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(
+                f"{tokenizer} has neither tokenizer.json nor vocab.json; copy it there"
+            )
+    family = FAMILIES.get(configs["unet"].get("cross_attention_dim", 0), "sd")
     return Checkpoint(
         folder=folder,
         name=folder.resolve().name,
-        family=FAMILIES.get(configs["unet"].get("cross_attention_dim", 0), "sd"),
+        family="sdxl" if xl else family,
         license=_license(folder / "README.md"),
         configs=configs,
-        weights={name: _weights(folder / name, stem) for name, (_, stem) in COMPONENTS.items()},
+        weights={name: _weights(folder / name, stem) for name, (_, stem) in names.items()},
         scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
         model_index=index,
-        tokenizer=tokenizer,
+        tokenizers=tokenizers,
     )
 
 
@@ -112,10 +118,14 @@ def check_unet(config: dict) -> None:
     """Refuse a U-Net whose extra inputs or layers the exported graphs would leave out."""
     for field, value in UNUSED_BY_UNET.items():
         if config.get(field, value) != value:
-            hint = ": that is SDXL" if config[field] == "text_time" else ""
             raise CheckpointError(
-                f"unet: {field} is {config[field]!r}{hint}; only {value!r} is supported"
+                f"unet: {field} is {config[field]!r}; only {value!r} is supported"
             )
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise CheckpointError(
+            f"unet: addition_embed_type is {config['addition_embed_type']!r}; "
+            "only None and 'text_time' are supported"
+        )
     for block in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
         if block not in BLOCKS:
             raise CheckpointError(
@@ -169,26 +179,62 @@ def source_hash(checkpoint: Checkpoint) -> str:
     """sha256 over the names and contents of every file that a conversion reads, in sorted order."""
     folder = checkpoint.folder
     paths = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"]
-    paths += [folder / name / "config.json" for name in COMPONENTS]
+    paths += [folder / name / "config.json" for name in checkpoint.configs]
     paths += [path for files in checkpoint.weights.values() for path in files]
-    paths += [path for path in checkpoint.tokenizer.iterdir() if path.is_file()]
+    for tokenizer in checkpoint.tokenizers.values():
+        paths += [path for path in tokenizer.iterdir() if path.is_file()]
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
         total.update(f"{name}\0{hash_file(path)}\n".encode())
     return total.hexdigest()
 
 
-def _check_pipeline(folder: Path, index: dict) -> None:
+def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
+    """The rows of COMPONENTS that a checkpoint of this pipeline has."""
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise CheckpointError(
             f"{folder}: {pipeline} is not supported; supported are {', '.join(PIPELINES)}"
         )
-    for name, (expected, _) in COMPONENTS.items():
+    names = dict(COMPONENTS)
+    if pipeline not in XL_PIPELINES:
+        del names["text_encoder_2"]
+    for name, (expected, _) in names.items():
         entry = index.get(name)
         found = entry[-1] if isinstance(entry, list) and entry else entry
+        if found is None and name == "text_encoder" and "text_encoder_2" in names:
+            raise CheckpointError(
+                f"{folder} has no first text encoder: that is the SDXL refiner, which is not "
+                "supported; give the base model"
+            )
         if found != expected:
             raise CheckpointError(f"{folder}: {name} is {found}; only {expected} is supported")
+    return names
+
+
+def _check_configs(configs: dict[str, dict], xl: bool) -> None:
+    """Refuse what would be left out, and a U-Net that is not of this pipeline."""
+    unet, vae = configs["unet"], configs["vae"]
+    check_unet(unet)
+    for field, value in UNUSED_BY_VAE.items():
+        if vae.get(field, value) != value:
+            raise CheckpointError(f"vae: {field} is {vae[field]!r}; only {value!r} is supported")
+    if xl != (unet.get("addition_embed_type") == "text_time"):
+        raise CheckpointError(
+            f"unet: addition_embed_type is {unet.get('addition_embed_type')!r}; SDXL has "
+            "'text_time' and no other pipeline has: model_index.json is another model's"
+        )
+    if xl:
+        pooled = configs["text_encoder_2"].get("projection_dim", 512)  # CLIP's default
+        each = unet.get("addition_time_embed_dim") or 0
+        expected = pooled + TIME_IDS * each
+        if each < 1 or unet.get("projection_class_embeddings_input_dim") != expected:
+            raise CheckpointError(
+                f"unet: projection_class_embeddings_input_dim is "
+                f"{unet.get('projection_class_embeddings_input_dim')}; only SDXL base's "
+                f"{TIME_IDS} time ids of {each} and text_embeds of {pooled}, {expected} in all, "
+                "are supported (the refiner has 5 time ids)"
+            )
 
 
 def _weights(folder: Path, stem: str) -> tuple[Path, ...]:

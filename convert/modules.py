@@ -16,16 +16,19 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
-    """Build the CLIP text model."""
-    with quiet():
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        config = CLIPTextConfig(**_clean(checkpoint.configs["text_encoder"]))
-        with torch.device("meta"):
-            module = CLIPTextModel(config)
+    """Build the CLIP text model; SDXL's returns its hidden states, of which one is read."""
+    module = _clip("CLIPTextModel", checkpoint.configs["text_encoder"], checkpoint.family == "sdxl")
     # transformers 5 dropped the prefix that every checkpoint carries
     prefixed = next(iter(module.state_dict())).startswith("text_model.")
     return _fill(module, checkpoint, "text_encoder", _clip_name(prefixed))
+
+
+def text_encoder_2(checkpoint: Checkpoint) -> torch.nn.Module:
+    """Build SDXL's second text encoder, whose pooled state is projected."""
+    config = checkpoint.configs["text_encoder_2"]
+    return _fill(
+        _clip("CLIPTextModelWithProjection", config, True), checkpoint, "text_encoder_2", str
+    )
 
 
 def unet(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -77,6 +80,15 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _clip(kind: str, config: dict, hidden_states: bool) -> torch.nn.Module:
+    with quiet():
+        import transformers
+
+        options = _clean(config) | {"output_hidden_states": hidden_states}
+        with torch.device("meta"):
+            return getattr(transformers, kind)(transformers.CLIPTextConfig(**options))
 
 
 def _diffusers_module(checkpoint: Checkpoint, component: str) -> torch.nn.Module:

@@ -13,11 +13,12 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from ..bundle import TEXT_ENCODERS, TIME_IDS
 from .checkpoint import ConvertError
 from .modules import quiet
 from .wrappers import to_half, wrap
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 # Any values do, as long as they differ: equal sizes would be taken for the same dimension.
 EXAMPLE = {"batch": 2, "height": 72, "width": 56, "sequence": 11}
 EXTERNAL = 1024  # bytes; smaller tensors stay in model.onnx
@@ -65,14 +66,19 @@ def interface(
     """Inputs and outputs, name -> dtype and shape, named as the ecosystem does (optimum)."""
     config, real = module.config, {"fp32": "float32", "fp16": "float16"}[activations]
     width, height = latent_size or ("width", "height")
-    if component == "text_encoder":
+    if component in TEXT_ENCODERS:
         ids = ["batch", config.max_position_embeddings]
-        inputs = {"input_ids": _tensor("int64", ids)}
-        outputs = {
-            "last_hidden_state": _tensor(real, [*ids, config.hidden_size]),
-            "pooler_output": _tensor(real, ["batch", config.hidden_size]),
-        }
-        return inputs, outputs
+        states = _tensor(real, [*ids, config.hidden_size])
+        if config.output_hidden_states:  # SDXL reads those before the last layer
+            outputs = {f"hidden_states.{config.num_hidden_layers - 1}": states}
+        else:
+            outputs = {
+                "last_hidden_state": states,
+                "pooler_output": _tensor(real, ["batch", config.hidden_size]),
+            }
+        if component == "text_encoder_2":
+            outputs["text_embeds"] = _tensor(real, ["batch", config.projection_dim])
+        return {"input_ids": _tensor("int64", ids)}, outputs
     if component == "unet":
         latent = ["batch", config.in_channels, height, width]
         context = ["batch", "sequence", config.cross_attention_dim]
@@ -81,6 +87,11 @@ def interface(
             "timestep": _tensor("float32", []),  # float16 cannot tell 999 from 999.25
             "encoder_hidden_states": _tensor(real, context),
         }
+        if config.addition_embed_type == "text_time":  # SDXL's pooled text and picture size
+            both = config.projection_class_embeddings_input_dim
+            pooled = both - TIME_IDS * config.addition_time_embed_dim
+            inputs["text_embeds"] = _tensor(real, ["batch", pooled])
+            inputs["time_ids"] = _tensor("float32", ["batch", TIME_IDS])  # as the timestep
         if config.time_cond_proj_dim is not None:  # LCM's embedded guidance scale
             inputs["timestep_cond"] = _tensor(real, ["batch", config.time_cond_proj_dim])
         return inputs, {"out_sample": _tensor(real, ["batch", config.out_channels, height, width])}

@@ -69,6 +69,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
             original_steps=config.get("original_inference_steps", 50),
             timestep_scaling=config.get("timestep_scaling", 10.0),
             eta=ETA.get(sampler, 0.0),
+            zero_negative=checkpoint.family == "sdxl"
+            and bool(checkpoint.model_index.get("force_zeros_for_empty_prompt", True)),
         )
     except ValueError as error:
         raise CheckpointError(f"scheduler_config.json: {error}") from None

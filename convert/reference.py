@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import bundle as bundles
 from ..bundle import Recipe
 from .recipe import to_scheduler
 
@@ -47,19 +48,24 @@ def record_text(module: torch.nn.Module, tokens: list[np.ndarray]) -> list[Run]:
     runs = []
     for ids in tokens:
         out = module(input_ids=torch.from_numpy(ids))
-        outputs = {
-            "last_hidden_state": out.last_hidden_state.numpy(),
-            "pooler_output": out.pooler_output.numpy(),
-        }
-        runs.append(Run({"input_ids": ids}, outputs))
+        if module.config.output_hidden_states:  # SDXL: after every layer but the last
+            outputs = {f"hidden_states.{len(out.hidden_states) - 2}": out.hidden_states[-2]}
+        else:
+            outputs = {n: out[n] for n in ("last_hidden_state", "pooler_output")}
+        if "text_embeds" in out:
+            outputs["text_embeds"] = out.text_embeds
+        arrays = {name: value.numpy() for name, value in outputs.items()}
+        runs.append(Run({"input_ids": ids}, arrays))
     return runs
 
 
 @torch.no_grad()
-def record_unet(module: Any, reference: Reference, text: Arrays, scale: int) -> list[Run]:
+def record_unet(
+    module: Any, reference: Reference, text: dict[str, Arrays], scale: int
+) -> list[Run]:
     """Sample a picture's latents with diffusers' scheduler, keeping every call of the U-Net.
 
-    `text` holds the states of the prompt and of the empty one: `prompt`, `negative`.
+    `text` holds what the U-Net takes of the prompt and of the empty one: `prompt`, `negative`.
     """
     recipe = reference.recipe
     scheduler = to_scheduler(recipe)
@@ -72,12 +78,14 @@ def record_unet(module: Any, reference: Reference, text: Arrays, scale: int) -> 
     extra = {"timestep_cond": _guidance_embedding(module, recipe.guidance)} if embeds else {}
     runs = []
 
-    def predict(sample: torch.Tensor, timestep: torch.Tensor, states: np.ndarray) -> torch.Tensor:
-        out = module(sample, timestep, torch.from_numpy(states), **extra).sample
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: Arrays) -> torch.Tensor:
+        added = {name: torch.from_numpy(value) for name, value in text.items()}
+        states = added.pop("encoder_hidden_states")
+        out = module(sample, timestep, states, added_cond_kwargs=added, **extra).sample
         inputs = {
             "sample": sample.numpy(),
             "timestep": np.array(float(timestep), np.float32),
-            "encoder_hidden_states": states,
+            **text,
             **{name: value.numpy() for name, value in extra.items()},
         }
         runs.append(Run(inputs, {"out_sample": out.numpy()}))
@@ -92,6 +100,17 @@ def record_unet(module: Any, reference: Reference, text: Arrays, scale: int) -> 
         x = scheduler.step(out, timestep, x, **_step_options(scheduler, recipe, generator))[0]
     reference.latents = x
     return runs
+
+
+def text_inputs(outputs: list[Arrays], size: tuple[int, int]) -> Arrays:
+    """What the U-Net takes of a prompt, from the outputs of its one text encoder or SDXL's two."""
+    states = [out[bundles.states_of(out)] for out in outputs]
+    inputs = {"encoder_hidden_states": np.concatenate(states, axis=-1)}
+    if "text_embeds" in outputs[-1]:
+        width, height = size
+        inputs["text_embeds"] = outputs[-1]["text_embeds"]
+        inputs["time_ids"] = np.array([[height, width, 0, 0, height, width]], np.float32)
+    return inputs
 
 
 @torch.no_grad()

@@ -15,34 +15,38 @@ from .checkpoint import Checkpoint, ConvertError
 SHIPPED = ("vocab.json", "merges.txt", "special_tokens_map.json")
 
 
-def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> bundles.Tokenizer:
-    """Write folder/tokenizer: tokenizer.json, and vocab.json with merges.txt for older tools.
+def write_tokenizer(
+    checkpoint: Checkpoint, folder: Path, encoder: str = "text_encoder"
+) -> bundles.Tokenizer:
+    """Write the tokenizer of a text encoder to a folder of its name below `folder`.
 
+    It gets tokenizer.json, and vocab.json with merges.txt for older tools.
     Raises ConvertError if it is no CLIP tokenizer.
     """
-    out = folder / "tokenizer"
+    kind = bundles.TEXT_ENCODERS[encoder]
+    given, out = checkpoint.tokenizers[kind], folder / kind
     out.mkdir()
     for name in SHIPPED:
-        if (checkpoint.tokenizer / name).is_file():
-            shutil.copyfile(checkpoint.tokenizer / name, out / name)
-    source = original(checkpoint)
+        if (given / name).is_file():
+            shutil.copyfile(given / name, out / name)
+    source = original(given)
     fast = source.backend_tokenizer.to_str(pretty=False)
     (out / "tokenizer.json").write_text(fast + "\n", encoding="utf-8")
-    length = checkpoint.configs["text_encoder"]["max_position_embeddings"]
+    length = checkpoint.configs[encoder]["max_position_embeddings"]
     _write_old_form(out)
-    _write_config(checkpoint, out, source, length)
-    return bundles.Tokenizer(path="tokenizer", max_length=length, pad_token=source.pad_token)
+    _write_config(given, out, source, length)
+    return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
-def original(checkpoint: Checkpoint) -> Any:
-    """transformers' own tokenizer of the checkpoint: the independent side of a check."""
+def original(folder: Path) -> Any:
+    """transformers' own tokenizer of a folder: the independent side of a check."""
     from transformers import CLIPTokenizerFast
 
     try:
-        return CLIPTokenizerFast.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         message = str(error).strip().splitlines()[0]
-        raise ConvertError(f"{checkpoint.tokenizer} is no CLIP tokenizer: {message}") from None
+        raise ConvertError(f"{folder} is no CLIP tokenizer: {message}") from None
 
 
 def original_ids(tokenizer: Any, prompt: str, length: int) -> np.ndarray:
@@ -61,12 +65,12 @@ def _write_old_form(out: Path) -> None:
         merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
 
 
-def _write_config(checkpoint: Checkpoint, out: Path, source: Any, length: int) -> None:
+def _write_config(given: Path, out: Path, source: Any, length: int) -> None:
     """The checkpoint's tokenizer_config.json with the length that the graph takes.
 
     Other tools pad to model_max_length, whatever the text encoder reads.
     """
-    path = checkpoint.tokenizer / "tokenizer_config.json"
+    path = given / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     config |= {
         "model_max_length": length,

@@ -35,7 +35,8 @@ def wrap(
             layer.forward = partial(_attention, layer)
     kinds: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
         "text_encoder": TextEncoder,
-        "unet": UNet,
+        "text_encoder_2": TextEncoder,
+        "unet": UNet if getattr(module.config, "addition_embed_type", None) is None else UNetXL,
         "vae_decoder": VaeDecoder,
         "vae_encoder": VaeEncoder,
     }
@@ -65,7 +66,10 @@ def _twin(module: torch.nn.Module, half: bool, lost: dict[str, int]) -> torch.nn
 
 
 class TextEncoder(torch.nn.Module):
-    """CLIP's text model; its causal mask is a finite constant instead of minus infinity."""
+    """CLIP's text model; its causal mask is a finite constant instead of minus infinity.
+
+    SDXL's two return the states before the last layer, and the second its pooled state projected.
+    """
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
@@ -74,16 +78,24 @@ class TextEncoder(torch.nn.Module):
         self.register_buffer("mask", torch.full((length, length), MASKED, dtype=dtype).triu(1))
 
     def forward(self, input_ids):  # (batch, 77) -> (batch, 77, hidden), (batch, hidden)
-        clip = getattr(self.module, "text_model", self.module)  # transformers 4 has it one down
-        x = clip.embeddings(input_ids=input_ids)
-        for layer in clip.encoder.layers:
-            x = x + self.attend(layer.self_attn, layer.layer_norm1(x))
-            x = x + layer.mlp(layer.layer_norm2(x))
-        x = clip.final_layer_norm(x)
+        # transformers 4, and its model with a projection, have it one down
+        clip = getattr(self.module, "text_model", self.module)
+        projection = getattr(self.module, "text_projection", None)
+        penultimate = clip.embeddings(input_ids=input_ids)
+        for layer in clip.encoder.layers[:-1]:
+            penultimate = self.run(layer, penultimate)
+        if self.module.config.output_hidden_states and projection is None:
+            return (penultimate,)
+        x = clip.final_layer_norm(self.run(clip.encoder.layers[-1], penultimate))
         eos = self.module.config.eos_token_id
         # configs older than transformers 4.31 say 2; there the end token is the largest id
         at_end = input_ids.int() if eos == 2 else (input_ids == eos).int()
-        return x, x[torch.arange(x.shape[0]), at_end.argmax(dim=-1)]
+        pooled = x[torch.arange(x.shape[0]), at_end.argmax(dim=-1)]
+        return (x, pooled) if projection is None else (penultimate, projection(pooled))
+
+    def run(self, layer, x):
+        x = x + self.attend(layer.self_attn, layer.layer_norm1(x))
+        return x + layer.mlp(layer.layer_norm2(x))
 
     def attend(self, attention, x):
         def heads(y):
@@ -102,8 +114,15 @@ class UNet(torch.nn.Module):
         self.module = module
 
     def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None):
-        net, context = self.module, encoder_hidden_states
-        temb = net.time_embedding(net.get_time_embed(sample, timestep), timestep_cond)
+        temb = self.embed(sample, timestep, timestep_cond)
+        return self.run(sample, temb, encoder_hidden_states)
+
+    def embed(self, sample, timestep, timestep_cond):
+        net = self.module
+        return net.time_embedding(net.get_time_embed(sample, timestep), timestep_cond)
+
+    def run(self, sample, temb, context):
+        net = self.module
         x = net.conv_in(sample)
         skips = [x]
         for block in net.down_blocks:
@@ -116,6 +135,20 @@ class UNet(torch.nn.Module):
             size = skips[-1].shape[2:] if skips else None
             x = block(x, tuple(mine), temb, upsample_size=size, **_context(block, context))
         return net.conv_out(net.conv_act(net.conv_norm_out(x)))
+
+
+class UNetXL(UNet):
+    """SDXL's U-Net: its time embedding also knows the pooled text and the picture's size."""
+
+    def forward(  # type: ignore[override]
+        self, sample, timestep, encoder_hidden_states, text_embeds, time_ids, timestep_cond=None
+    ):  # text_embeds: (batch, 1280), time_ids: (batch, 6)
+        net = self.module
+        waves = net.add_time_proj(time_ids.flatten())  # in float32, whatever the weights are
+        waves = waves.reshape(-1, time_ids.shape[1] * waves.shape[1]).to(text_embeds.dtype)
+        added = net.add_embedding(torch.cat([text_embeds, waves], dim=-1))
+        temb = self.embed(sample, timestep, timestep_cond) + added
+        return self.run(sample, temb, encoder_hidden_states)
 
 
 class VaeDecoder(torch.nn.Module):

@@ -6,15 +6,16 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .. import bundle as bundles
-from ..bundle import Bundle, Recipe
+from ..bundle import TEXT_ENCODERS, Bundle, Recipe
 from ..errors import FerrotypeError
 from . import samplers, schedules
 from .engines import Arrays, Engine, open_engine
@@ -29,6 +30,13 @@ MAX_GUIDANCE = 50.0
 CACHED_PROMPTS = 64  # embeddings are a few hundred KiB; encoding again would load the text encoder
 # What a sampler is run on when the recipe was made for another one.
 SPACING = {"lcm": "lcm", "tcd": "lcm"}
+
+
+class Text(NamedTuple):
+    """What the U-Net is told of a prompt."""
+
+    states: Array32  # (1, tokens, channels), of all text encoders side by side
+    pooled: Array32 | None  # (1, channels), if a second text encoder returns it
 
 
 class PipelineError(FerrotypeError):
@@ -54,7 +62,7 @@ class Pipeline:
         self._threads = threads
         self._resident = resident
         self._engines: dict[str, Engine] = {}
-        self._embeddings: dict[str, Array32] = {}
+        self._texts: dict[str, Text] = {}
 
     @classmethod
     def load(
@@ -109,11 +117,12 @@ class Pipeline:
         return 2 ** (len(self.bundle.component("vae_decoder").config["block_out_channels"]) - 1)
 
     def stages(self, table: Table, guidance: float) -> list[tuple[str, int, int]]:
-        """What a run loads, in order: component, bytes on disk, how often it runs."""
+        """What a run without a negative prompt loads, in order: component, bytes on disk, runs."""
         passes = 2 if self._two_passes(guidance) else 1
+        texts = 1 if self.manifest.recipe.zero_negative else passes
         image = 1 if table.start_image else 0
         runs = {
-            "text_encoder": passes,
+            **dict.fromkeys(self._text_encoders, texts),
             "vae_encoder": image,
             "unet": passes * len(table.rows),
             "vae_decoder": 1,
@@ -123,20 +132,24 @@ class Pipeline:
 
     # --- the stages -----------------------------------------------------------------------------
 
-    def encode(self, prompt: str) -> Array32:
-        """The text encoder's states for a prompt: (1, tokens, channels); kept for the next call.
+    def encode(self, prompt: str) -> Text:
+        """What the text encoders say of a prompt; kept for the next call.
 
         Warns with PromptWarning when the prompt is longer than the text encoder reads.
         """
-        if prompt not in self._embeddings:
-            tokens = Tokenizer(self.bundle)(prompt)
-            if tokens.dropped:
-                warnings.warn(_dropped(tokens.dropped, tokens.ids.shape[1]), PromptWarning, 2)
-            while len(self._embeddings) >= CACHED_PROMPTS:
-                del self._embeddings[next(iter(self._embeddings))]
-            states = self._run("text_encoder", {"input_ids": tokens.ids})["last_hidden_state"]
-            self._embeddings[prompt] = states
-        return self._embeddings[prompt]
+        if prompt not in self._texts:
+            names = self._text_encoders
+            tokens = [Tokenizer(self.bundle, TEXT_ENCODERS[name])(prompt) for name in names]
+            for told in dict.fromkeys((t.dropped, t.ids.shape[1]) for t in tokens if t.dropped):
+                warnings.warn(_dropped(*told), PromptWarning, 2)
+            while len(self._texts) >= CACHED_PROMPTS:
+                del self._texts[next(iter(self._texts))]
+            outputs = [
+                self._run(name, {"input_ids": t.ids}) for name, t in zip(names, tokens, strict=True)
+            ]
+            states = np.concatenate([out[bundles.states_of(out)] for out in outputs], axis=-1)
+            self._texts[prompt] = Text(states, outputs[-1].get("text_embeds"))
+        return self._texts[prompt]
 
     def steps(
         self,
@@ -182,14 +195,20 @@ class Pipeline:
         image: Image.Image | None,
     ) -> Iterator[Step]:
         text = self.encode(prompt)
-        negative_text = self.encode(negative) if self._two_passes(guidance) else None
+        negative_text = None
+        if self._two_passes(guidance):
+            zeros = self.manifest.recipe.zero_negative and not negative
+            negative_text = _zeros_like(text) if zeros else self.encode(negative)
         latents = None if image is None else self.encode_image(image, size, noise)
         side = self.pixels_per_latent
         channels = self.bundle.component("vae_decoder").config["latent_channels"]
         fresh = noise((1, channels, size[1] // side, size[0] // side))
-        extra = (
-            {"timestep_cond": self._guidance_embedding(guidance)} if self._embeds_guidance else {}
-        )
+        extra = {}
+        if self._embeds_guidance:
+            extra["timestep_cond"] = self._guidance_embedding(guidance)
+        if "time_ids" in self._unet_inputs:
+            width, height = size  # as if trained on pictures of this size, and nothing cropped
+            extra["time_ids"] = np.array([[height, width, 0, 0, height, width]], np.float32)
 
         def predict(x: Array32, timestep: float) -> Array32:
             inputs = {"sample": x, "timestep": np.array(timestep, np.float32), **extra}
@@ -291,13 +310,25 @@ class Pipeline:
             self._engines[component] = open_engine(self.bundle, component, self._threads)
         return self._engines[component](inputs)
 
-    def _unet(self, inputs: Arrays, text: Array32) -> Array32:
-        return self._run("unet", {**inputs, "encoder_hidden_states": text})["out_sample"]
+    def _unet(self, inputs: Arrays, text: Text) -> Array32:
+        inputs = {**inputs, "encoder_hidden_states": text.states}
+        if text.pooled is not None and "text_embeds" in self._unet_inputs:
+            inputs["text_embeds"] = text.pooled
+        return self._run("unet", inputs)["out_sample"]
+
+    @property
+    def _unet_inputs(self) -> Container[str]:
+        return self.bundle.component("unet").inputs
+
+    @property
+    def _text_encoders(self) -> list[str]:
+        second = [n for n in ("text_encoder_2",) if n in self.manifest.components]
+        return ["text_encoder", *second]
 
     @property
     def _embeds_guidance(self) -> bool:
         """Whether the U-Net takes the guidance scale as an input (distilled latent consistency)."""
-        return "timestep_cond" in self.bundle.component("unet").inputs
+        return "timestep_cond" in self._unet_inputs
 
     def _two_passes(self, guidance: float) -> bool:
         return guidance not in (0, 1) and not self._embeds_guidance
@@ -312,6 +343,11 @@ class Pipeline:
         frequencies = np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
         angles = 1000 * (guidance - 1) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)[None]
+
+
+def _zeros_like(text: Text) -> Text:
+    pooled = None if text.pooled is None else np.zeros_like(text.pooled)
+    return Text(np.zeros_like(text.states), pooled)
 
 
 def _to_pixels(sample: Array32) -> Array32:

@@ -427,6 +427,7 @@ SCHEMA = {"tool", "recipe", "guidance", "path", "sha256", "bytes", "dtype", "sha
         (edited(recipe__spacing="even"), "spacing 'even' is not one of leading"),
         (edited(tokenizers__tokenizer__max_length=2), "max_length is 2, not in 3..65536"),
         (edited(components__text_encoder__outputs={}), "no last_hidden_state of 3 dimensions"),
+        (edited(recipe__zero_negative=1), "recipe.zero_negative: bool expected, found 1"),
         (edited(preview=[[1, 2]]), "preview[0]: 3 values expected, found 2"),
         (edited(files={"a": {"bytes": 1.0, "sha256": "0" * 64}}), "files.a.bytes: int expected"),
         (edited(files={"a": {"bytes": -1, "sha256": "0" * 64}}), "it cannot be negative"),

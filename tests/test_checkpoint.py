@@ -204,11 +204,17 @@ def test_pickled_weights_are_refused(folder):
 @pytest.mark.parametrize(
     ("file", "fields", "said"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXL"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "StableDiffusion3P"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "text_encoder_2 is None; only CLIPTextModelWithProjection",
+        ),
         ("model_index.json", {"_class_name": None}, "None is not supported"),
         ("model_index.json", {"unet": ["diffusers", "SD3Transformer2DModel"]}, "SD3Transformer"),
         ("model_index.json", {"vae": 3}, "vae is 3"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "that is SDXL"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "SDXL has 'text_time' and no"),
+        ("vae/config.json", {"latents_std": [1.0]}, "vae: latents_std is .1.0.; only None"),
         ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds is 1000"),
         ("unet/config.json", {"in_channels": 9}, "9 input channels .9 is inpainting"),
         ("unet/config.json", {"down_block_types": ["KDownBlock2D"]}, "KDownBlock2D"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ferrotype import bundle, parity
-from ferrotype.benchmarks.checkpoints import TINY, write_checkpoint
+from ferrotype.benchmarks.checkpoints import TINY, TINY_SD2, write_checkpoint
 from ferrotype.convert import STAGES, ConvertError, build, convert, reference, tokenizer
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.recipe import from_checkpoint
@@ -200,12 +200,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.ferro", "tiny", "two.ferro"]
 
 
-VARIANTS = {  # name -> changes to the U-Net, the scheduler, the recipe's sampler and guidance
-    "embedded guidance": ({"time_cond_proj_dim": 32}, {}, ("lcm", 8.0)),
+VARIANTS = {  # name -> configurations, changes to the U-Net, the scheduler, sampler and guidance
+    "embedded guidance": (TINY, {"time_cond_proj_dim": 32}, {}, ("lcm", 8.0)),
     "2.x with v-prediction": (
-        {"use_linear_projection": True, "attention_head_dim": [1, 2]},
-        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False,
-         "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        TINY_SD2, {}, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
         ("ddim", 7.5),
     ),
 }  # fmt: skip
@@ -213,8 +211,8 @@ VARIANTS = {  # name -> changes to the U-Net, the scheduler, the recipe's sample
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_the_architecture_convert_and_match(tmp_path, name):
-    unet, scheduler, expected = VARIANTS[name]
-    configs = {**TINY, "unet": TINY["unet"] | unet, "scheduler": TINY["scheduler"] | scheduler}
+    base, unet, scheduler, expected = VARIANTS[name]
+    configs = {**base, "unet": base["unet"] | unet, "scheduler": base["scheduler"] | scheduler}
     made = convert(write_checkpoint(tmp_path / "tiny", configs), tmp_path / "out.ferro")
     recipe = made.manifest.recipe
     assert (recipe.sampler, recipe.guidance) == expected
@@ -349,15 +347,16 @@ def test_the_reference_is_short_but_of_the_recipe(tmp_path):
 def test_the_tokenizer_is_written_in_both_forms_with_the_graphs_length(tmp_path):
     """Other tools pad to model_max_length; the checkpoint's may be missing or another."""
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "tiny", TINY))
+    given = checkpoint.tokenizers["tokenizer"]
     for name in ("tokenizer_config.json", "vocab.json", "merges.txt"):
-        (checkpoint.tokenizer / name).unlink()
+        (given / name).unlink()
     spec = tokenizer.write_tokenizer(checkpoint, tmp_path)
     config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["model_max_length"] == spec.max_length == 77
-    ids = tokenizer.original_ids(tokenizer.original(checkpoint), PROMPT, 77)
+    ids = tokenizer.original_ids(tokenizer.original(given), PROMPT, 77)
     for name in ("tokenizer.json", "tokenizer_config.json"):  # the old form alone
-        (checkpoint.tokenizer / name).unlink(missing_ok=True)
+        (given / name).unlink(missing_ok=True)
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(tmp_path / "tokenizer" / name, checkpoint.tokenizer / name)
-    again = tokenizer.original_ids(tokenizer.original(checkpoint), PROMPT, 77)
+        shutil.copyfile(tmp_path / "tokenizer" / name, given / name)
+    again = tokenizer.original_ids(tokenizer.original(given), PROMPT, 77)
     assert np.array_equal(again, ids)

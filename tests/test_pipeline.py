@@ -183,14 +183,14 @@ def test_a_prompt_that_fits_says_nothing():
 def test_any_text_is_a_prompt(pipe, prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        assert pipe.encode(prompt).shape == (1, 32, 192)
+        assert pipe.encode(prompt).states.shape == (1, 32, 192)
 
 
 def test_a_prompt_is_encoded_once(pipe):
     assert pipe.encode("a violin") is pipe.encode("a violin")
     for i in range(2 * pipelines.CACHED_PROMPTS):
         pipe.encode(f"number {i}")
-    assert len(pipe._embeddings) == pipelines.CACHED_PROMPTS
+    assert len(pipe._texts) == pipelines.CACHED_PROMPTS
 
 
 def test_nan_from_a_network_is_an_error_never_a_black_picture(pipe, monkeypatch):
