@@ -82,16 +82,41 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes on the device: the weights, what lives between layers, and what a layer works in."""
+
+    weights: int
+    activations: int
+    scratch: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            _require(value >= 0, f"{name} is {value}, it cannot be negative")
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.scratch
+
+
+@dataclass(frozen=True)
 class Component:
-    """A network: `path` is a file or a folder of the bundle, `config` is the checkpoint's own."""
+    """A network: `path` is a file or a folder of the bundle, `config` is the checkpoint's own.
+
+    `parts` are those below `path` that run one after the other, where a network was cut.
+    `memory` is what a device needs to run it, by device, as its compiler reported it.
+    """
 
     path: str
     config: dict[str, Any]
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    parts: tuple[str, ...] = ()
+    memory: dict[str, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _plain_path(self.path)
+        for part in self.parts:
+            _plain_path(f"{self.path}/{part}")
 
 
 @dataclass(frozen=True)
@@ -201,6 +226,11 @@ class Source:
     sha256: str
 
 
+def _no_files() -> dict[str, File]:
+    """Until `save` lists them; in a manifest's text they must be there."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything a host needs to know before it opens a component."""
@@ -219,7 +249,8 @@ class Manifest:
     tokenizers: dict[str, Tokenizer]
     components: dict[str, Component]
     parity: dict[str, Any]
-    files: dict[str, File] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)  # what the target was told, as text
+    files: dict[str, File] = field(default_factory=_no_files)
 
     def __post_init__(self) -> None:
         folded: dict[str, str] = {}
@@ -617,7 +648,7 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     _expect(dict, value, where)
     hints = _hints(kind)
     dot = f"{where}." if where else ""
-    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    needed = {f.name for f in dataclasses.fields(kind) if _is_needed(f)}
     for name in sorted(needed - value.keys()):
         raise TypeError(f"{dot}{name}: missing")
     for name in sorted(value.keys() - hints.keys()):
@@ -630,6 +661,11 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
 
 
 _hints = functools.cache(get_type_hints)
+
+
+def _is_needed(entry: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return entry.default is missing and entry.default_factory in (missing, _no_files)
 
 
 def _read_union(args: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -30,6 +30,9 @@ MAX_SEED = 2**64 - 1
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "tcd", "unipc")
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
 RNGS = ("torch", "numpy", "pcg64")
+TARGETS = ("onnx", "coreml", "tensorrt")
+DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
+COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 STRENGTH = "How much of the picture to change, 0 to 1.  [default: 0.6]"
 
 
@@ -139,46 +142,68 @@ def with_options(options: Sequence[Any]) -> Any:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=BUNDLE, help="Default: the checkpoint's name with .ferro.")
-@click.option("--target", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("--weights", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True)
+@click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True)
+@click.option("--weights", metavar="FORM", help="fp16, fp32, w8, p6 ..., or a recipe's file.")
+@click.option("--activations", type=click.Choice(["fp32", "fp16"]), help="What it computes in.")
 @click.option(
-    "--activations", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True
+    "--size", "sizes", type=Size(), multiple=True, help="Draw only this; may be repeated."
 )
-@size_option
+@click.option("--deployment", type=click.Choice(DEPLOYMENTS), help="Core ML: the oldest system.")
+@click.option("--compute-units", type=click.Choice(COMPUTE_UNITS), help="Core ML.")
+@click.option("--attention", type=click.Choice(["original", "split-einsum"]), help="Core ML.")
+@click.option("--chunks", type=click.IntRange(1, 16), help="Core ML: pieces of the U-Net.")
+@click.option("--layout", type=click.Choice(["ferrotype", "apple"]), help="Core ML: names, shapes.")
+@click.option(
+    "--compute-capability", metavar="8.6,8.9,...", help="TensorRT: GPUs to build engines for."
+)
+@click.option("--weight-streaming", is_flag=True, help="TensorRT: engines that stream weights.")
 @click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
 @json_option
 def convert(
-    checkpoint, output, target, weights, activations, size, name, licence, force, as_json
+    checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
+    chunks, layout, compute_capability, weight_streaming, name, licence, force, as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
 
     Every component is compared with the original after it was written, and so is a picture; below
-    the floor nothing is kept.  fp16 activations are for devices that compute in fp16.  With --size
-    only that size can be drawn; by default every multiple of 8 can.
+    the floor nothing is kept.  Core ML and TensorRT compute in fp16 if not told otherwise; their
+    packages and graphs are checked here, without the device, and `verify --on-device` checks there.
 
     \b
     Example:
         ferrotype convert stable-diffusion-v1-5/ -o sd15.ferro
+        ferrotype convert stable-diffusion-v1-5/ --target coreml --weights p6 --chunks 2
+        ferrotype convert stable-diffusion-v1-5/ --target tensorrt --compute-capability 8.9
     """
-    from .convert import STAGES
+    from .convert import CoremlOptions, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
 
+    coreml = {
+        "--deployment": deployment, "--compute-units": compute_units, "--attention": attention,
+        "--chunks": chunks, "--layout": layout,
+    }  # fmt: skip
+    tensorrt = {
+        "--compute-capability": compute_capability, "--weight-streaming": weight_streaming
+    }  # fmt: skip
+    check_only_for("coreml", target, coreml)
+    check_only_for("tensorrt", target, tensorrt)
+    options: CoremlOptions | TensorrtOptions | None = None
+    if target == "coreml":
+        options = CoremlOptions(**given(coreml))
+    elif target == "tensorrt":
+        chosen = given(tensorrt)
+        if "compute_capability" in chosen:
+            text = chosen.pop("compute_capability")
+            chosen["capabilities"] = tuple(part.strip() for part in text.split(","))
+        options = TensorrtOptions(**chosen)
     output = output or Path(f"{checkpoint.resolve().name}.ferro")
-    with Progress("convert", STAGES) as progress:
+    with Progress("convert", stages()) as progress:
         bundle = convert_checkpoint(
-            checkpoint,
-            output,
-            target,
-            weights,
-            activations,
-            size,
-            name,
-            licence,
-            force,
-            progress.stage,
-        )
+            checkpoint, output, target, read_weights(weights), activations, sizes, options,
+            name, licence, force, progress.stage,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
         return
@@ -186,6 +211,27 @@ def convert(
     for note in bundle.manifest.parity["notes"]:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
+
+
+def check_only_for(owner: str, target: str, options: dict[str, Any]) -> None:
+    """An option of another target would be ignored, so it is a usage error."""
+    for name, value in options.items():
+        if value and target != owner:
+            raise click.UsageError(f"{name} is an option of --target {owner}, not of {target}")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as the keywords that they are."""
+    return {k.removeprefix("--").replace("-", "_"): v for k, v in options.items() if v}
+
+
+def read_weights(text: str | None) -> Any:
+    """A form's name as it is, a recipe's file as what it says."""
+    if text is None or not text.endswith(".json"):
+        return text
+    from .quantize.recipe import Recipe
+
+    return Recipe.load(text)
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -344,13 +390,17 @@ def inspect(path: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=BUNDLE, required=False)
+@click.option("--on-device", is_flag=True, help="Also run it here, against the original's runs.")
 @json_option
-def verify(bundle: Path | None, as_json: bool) -> None:
+def verify(bundle: Path | None, on_device: bool, as_json: bool) -> None:
     """Hash every file of BUNDLE and compare with its manifest.  Default: the embedded bundle.
+
+    With --on-device, this machine runs every component on the inputs that the bundle carries and
+    draws its picture: both are compared with what the original returned, by the same floors.
 
     \b
     Example:
-        ferrotype verify sd15.ferro
+        ferrotype verify sd15.ferro --on-device
     """
     from .bundle import verify as hash_all
 
@@ -358,8 +408,18 @@ def verify(bundle: Path | None, as_json: bool) -> None:
     total = sum(file.bytes for file in opened.manifest.files.values())
     with Progress("verify", total) as progress:
         problems = hash_all(opened, progress.advance)
+    report = None
+    if on_device and not problems:
+        from .runtime import check
+
+        with Progress("on the device", len(opened.manifest.components) + 1) as progress:
+            report = check.compare(opened, progress=progress.stage)
+        problems = list(check.problems(report))
     if as_json:
-        click.echo(json.dumps({"sha256": opened.sha256, "problems": problems}))
+        found = {"sha256": opened.sha256, "problems": problems}
+        click.echo(json.dumps(found | ({"on_device": report} if report else {})))
+    elif report:
+        click.echo(parity_table(report))
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
     if problems:
@@ -401,9 +461,23 @@ def plan(
         click.echo(samplers.to_json(table) if as_json else samplers.format_table(table))
     else:
         stages = pipe.stages(table, recipe.guidance)
-        rows = [{"component": n, "bytes": b, "runs": r} for n, b, r in stages]
+        rows = [
+            {"component": n, "bytes": b, "runs": r, **device_memory(pipe.bundle, n)}
+            for n, b, r in stages
+        ]
         lines = [(n, mib(b), f"load, run {r} x, free") for n, b, r in stages]
+        for name, *_ in stages:
+            memory = pipe.bundle.component(name).memory
+            lines += [(f"  {name}, {device}", mib(m.total), "on the device: weights "
+                       f"{mib(m.weights)}, activations {mib(m.activations)}, scratch "
+                       f"{mib(m.scratch)}") for device, m in memory.items()]  # fmt: skip
         click.echo(json.dumps(rows) if as_json else columns(lines))
+
+
+def device_memory(bundle: Bundle, component: str) -> dict[str, Any]:
+    """Bytes by device, for JSON, where a target's compiler reported them."""
+    memory = bundle.component(component).memory
+    return {"device_bytes": {d: m.total for d, m in memory.items()}} if memory else {}
 
 
 def open_bundle(path: Path | None) -> Bundle:

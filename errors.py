@@ -5,6 +5,7 @@ FerrotypeError
 ├── ParityError    parity.py            what was written differs too much from the original
 ├── PipelineError  runtime/pipeline.py  a network returned something that is no picture
 ├── PictureError   runtime/pictures.py  a picture cannot be read or may not be written
+├── RecipeError    quantize/recipe.py   which weights get how many bits cannot be read
 └── ConvertError   convert/             the checkpoint or an option does not work
 
 A wrong argument is a ValueError.

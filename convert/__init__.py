@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..bundle import Precision
+from ..quantize.recipe import Recipe
 from .checkpoint import ConvertError
+from .options import CoremlOptions, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-__all__ = ["TARGETS", "ConvertError", "convert"]
+__all__ = ["TARGETS", "ConvertError", "CoremlOptions", "TensorrtOptions", "convert", "stages"]
 
-TARGETS = ("onnx",)
-STAGES = 13  # of a model with one text encoder; a second one makes 3 more
+# What each target stores weights in and computes in when it is not told.
+TARGETS = {"onnx": ("fp16", "fp32"), "coreml": ("fp16", "fp16"), "tensorrt": ("fp16", "fp16")}
+FORMS = {  # what each can, for the message
+    "onnx": "fp32 or fp16",
+    "coreml": "fp32, fp16, p8, p6, p4, p2, w8, w4 and their kin, or a recipe's file",
+    "tensorrt": "fp32, fp16, w8, w4, or a recipe's file",
+}
 
 
 def convert(
     checkpoint: str | os.PathLike,
     out: str | os.PathLike,
     target: str = "onnx",
-    weights: str = "fp16",
-    activations: str = "fp32",
-    size: tuple[int, int] | None = None,
+    weights: str | Recipe | None = None,
+    activations: str | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
+    options: CoremlOptions | TensorrtOptions | None = None,
     name: str | None = None,
     licence: str | None = None,
     force: bool = False,
@@ -32,19 +40,65 @@ def convert(
 ) -> Bundle:
     """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
 
-    `size` (width, height) fixes the picture size; by default every multiple of 8 works.
-    `name` and `licence` are those of the checkpoint's folder and model card if not given.
-    `progress` is told the name of every stage as it begins, STAGES in all, for SDXL 3 more.
+    `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
+    networks compute in, fp16 or fp32.  `sizes`, (width, height) each, are the only ones that can be
+    drawn, the first by default; without any, ONNX takes every multiple of 8 and the others the
+    checkpoint's own.  `options` are the target's.  `name` and `licence` are those of the
+    checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
+    it begins, `stages()` in all.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
     if target not in TARGETS:
         raise ConvertError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    recipe, precision = _precision(target, weights, activations)
+    options = _options(target, options)
     try:
         from .build import build
     except ModuleNotFoundError as error:
         raise ConvertError(
             f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
         ) from None
-    precision = Precision(weights, activations)
-    return build(checkpoint, out, precision, size, name, licence, force, progress)
+    every = tuple((width, height) for width, height in sizes)
+    return build(checkpoint, out, options, recipe, precision, every, name, licence, force, progress)
+
+
+def stages(encoders: int = 1) -> int:
+    """How many stages `progress` is told of, for a checkpoint with so many text encoders."""
+    return 10 + 3 * encoders
+
+
+def _precision(
+    target: str, weights: str | Recipe | None, activations: str | None
+) -> tuple[Recipe, Precision]:
+    """The recipe, and what the manifest says of it."""
+    stored, computed = TARGETS[target]
+    activations = activations or ("fp32" if weights == "fp32" else computed)
+    try:
+        recipe = Recipe.uniform(weights or stored) if not isinstance(weights, Recipe) else weights
+    except ValueError as error:
+        raise ConvertError(f"weights for {target}: {FORMS[target]}; {error}") from None
+    if activations not in ("fp32", "fp16"):
+        raise ConvertError(f"activations {activations!r} is not fp32 or fp16")
+    if target == "onnx" and (recipe.least_bits or recipe.rules):
+        raise ConvertError(
+            f"weights {recipe.default}: an ONNX bundle has {FORMS['onnx']}; "
+            "quantized ones come with --target coreml or tensorrt"
+        )
+    if target != "onnx" and not recipe.least_bits and str(recipe.default) != activations:
+        raise ConvertError(
+            f"{target} stores what it does not compress in the type it computes in: "
+            f"weights {recipe.default} need activations {recipe.default}, not {activations}"
+        )
+    named = "mixed" if recipe.rules else str(recipe.default)
+    return recipe, Precision(named, activations)
+
+
+def _options(
+    target: str, options: CoremlOptions | TensorrtOptions | None
+) -> CoremlOptions | TensorrtOptions | None:
+    kinds: dict[str, type] = {"coreml": CoremlOptions, "tensorrt": TensorrtOptions}
+    kind = kinds.get(target)
+    if options is not None and type(options) is not kind:
+        raise ConvertError(f"{type(options).__name__} are not for the target {target}")
+    return options if options is not None or kind is None else kind()

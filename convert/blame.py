@@ -23,7 +23,7 @@ def blame(
 
     Layers that the exporter folded into constants are left out. All outputs are held in memory.
     """
-    expected = _torch_outputs(component, module, inputs)
+    expected = torch_outputs(component, module, inputs)
     found = _graph_outputs(folder, list(expected), inputs)
     return [(layer, psnr(expected[layer], value)) for layer, value in found.items()]
 
@@ -31,18 +31,24 @@ def blame(
 def worst(
     component: str, module: torch.nn.Module, folder: Path, inputs: dict[str, np.ndarray]
 ) -> tuple[str, float]:
-    """The layer that loses most against the worst layer before it, and its PSNR."""
+    """The layer of a graph that loses most, and its PSNR."""
+    return worst_of(blame(component, module, folder, inputs))
+
+
+def worst_of(layers: list[tuple[str, float]]) -> tuple[str, float]:
+    """Of layers in order, the one that loses most against the worst before it, and its PSNR."""
     lowest, falls = ROUNDING, []
-    for layer, value in blame(component, module, folder, inputs):
+    for layer, value in layers:
         falls.append((lowest - value, layer, value))
         lowest = min(lowest, value)
-    _, layer, value = max(falls, key=lambda fall: fall[0])
+    _, layer, value = max(falls, key=lambda fall: fall[0], default=(0.0, "unknown", lowest))
     return layer, value
 
 
-def _torch_outputs(
+def torch_outputs(
     component: str, module: torch.nn.Module, inputs: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
+    """What every layer with weights returns, by its name and in the order of execution."""
     wrapper = wrap(component, module)
     outputs: dict[str, np.ndarray] = {}
 

@@ -19,16 +19,28 @@ import numpy as np
 from .. import bundle as bundles
 from .. import parity
 from .._version import __version__
-from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source, Tensor
-from ..runtime.engines import open_engine
+from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source
+from ..quantize.recipe import Recipe as Weights
+from ..runtime import check as checks
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
-from . import modules, onnx, recipe, reference, tokenizer
-from .blame import worst
+from . import modules, recipe, reference, tokenizer
 from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
+from .modules import NORM_INPUT
+from .options import CoremlOptions, TensorrtOptions
 from .reference import PROMPT, SEED, Reference, Run
+from .targets import (
+    Census,
+    CoremlTarget,
+    OnnxTarget,
+    Target,
+    Task,
+    TensorrtTarget,
+    floors,
+)
 
 Progress = Callable[[str], None]
+Size = tuple[int, int]
 VAE_PARTS = ("vae_decoder", "vae_encoder")
 WORST_LAYERS = 3  # of a component's census, named in the report
 
@@ -36,22 +48,25 @@ WORST_LAYERS = 3  # of a component's census, named in the report
 def build(
     folder: str | os.PathLike,
     out: str | os.PathLike,
+    options: CoremlOptions | TensorrtOptions | None,
+    weights: Weights,
     precision: Precision,
-    size: tuple[int, int] | None,
+    sizes: tuple[Size, ...],
     name: str | None,
     licence: str | None,
     force: bool,
     progress: Progress,
 ) -> Bundle:
-    """Convert a checkpoint to an ONNX bundle; see `ferrotype.convert`."""
+    """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
     with modules.quiet(), bundles.staging(out, force) as staged:
         checkpoint = open_checkpoint(Path(folder))
         checkpoint = dataclasses.replace(
             checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
         )
-        job = _Job(checkpoint, staged, precision, size, progress)
+        job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
+        job.write_check()
         progress("hash")
         manifest = dataclasses.replace(bundle.manifest, parity=report)
         return bundles.save(staged, out, manifest, force)
@@ -64,23 +79,30 @@ class _Job:
         self,
         checkpoint: Checkpoint,
         staged: Path,
+        options: CoremlOptions | TensorrtOptions | None,
+        weights: Weights,
         precision: Precision,
-        size: tuple[int, int] | None,
+        sizes: tuple[Size, ...],
         progress: Progress,
     ) -> None:
+        self.floors = floors(weights, precision)
         try:
-            self.floors = parity.floors(precision.weights, precision.activations)
-            self.sizes = _sizes(checkpoint, size)
+            self.sizes = _sizes(checkpoint, sizes, fixed=options is not None)
         except ValueError as error:
             raise ConvertError(str(error)) from None
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
-        self.size, self.progress = size, progress
+        self.progress = progress
         self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
+        scale = checkpoint.vae_scale
+        latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
+        guided = self.recipe.guidance not in (0, 1)
+        task = Task(checkpoint, precision, weights, latents or None, guided)
+        self.target = _target(options, task)
         shortened = dataclasses.replace(
             self.recipe, steps=min(self.recipe.steps, reference.MAX_STEPS)
         )
-        self.reference = Reference(shortened, self.sizes.default)
-        self.underflow: dict[str, int] = {}
+        others = tuple(size for size in sizes if size != self.sizes.default)
+        self.reference = Reference(shortened, self.sizes.default, others)
 
     # --- recording and exporting ----------------------------------------------------------------
 
@@ -102,7 +124,7 @@ class _Job:
             tool=f"ferrotype {__version__}",
             model=self.checkpoint.name,
             family=self.checkpoint.family,
-            target="onnx",
+            target=self.target.name,
             licence=self.checkpoint.license,
             source=Source(self.checkpoint.folder.resolve().name, source_hash(self.checkpoint)),
             precision=self.precision,
@@ -112,6 +134,7 @@ class _Job:
             tokenizers=self.tokens,
             components=components,
             parity={},
+            options=self.target.options(),
         )
 
     def _text_encoder(self, name: str) -> Component:
@@ -152,45 +175,38 @@ class _Job:
             )
         return {name: self._export(name, module, census) for name in VAE_PARTS}
 
-    def _export(
-        self, name: str, module: Any, census: dict[str, tuple[float, int, int]]
-    ) -> Component:
+    def _export(self, name: str, module: Any, census: Census) -> Component:
         census = _of_component(name, census)
-        self._check_census(name, census)
+        half = self._check_census(name, census)
         self.reference.census[name] = census
         self.progress(f"export {name}")
-        config = self._config(name)
-        scale = self.checkpoint.vae_scale
-        latents = self.size and (self.size[0] // scale, self.size[1] // scale)
-        made = onnx.export(
-            name,
-            module,
-            config,
-            self.staged / name,
-            latents,
-            self.precision.weights,
-            self.precision.activations,
+        component = self.target.export(
+            name, module, self._config(name), self.staged / name, half, census
         )
-        self.underflow |= made["fp16_underflow"]
         gc.collect()
-        return Component(name, config, _tensors(made["inputs"]), _tensors(made["outputs"]))
+        return component
 
     def _config(self, name: str) -> dict[str, Any]:
         return self.checkpoint.configs["vae" if name in VAE_PARTS else name]
 
-    def _check_census(self, name: str, census: dict[str, tuple[float, int, int]]) -> None:
-        """Refuse what is broken before it is converted, and what fp16 could not hold."""
-        for layer, (largest, nan, inf) in census.items():
+    def _check_census(self, name: str, census: Census) -> bool:
+        """Whether the component can compute in fp16, if it should; refuses what is broken."""
+        for layer, (_, nan, inf) in census.items():
             if nan or inf:
                 raise ConvertError(
                     f"the original returns {nan} NaN and {inf} Inf in {name}, layer {layer}: "
                     "the checkpoint is damaged"
                 )
-            if self.precision.activations == "fp16" and largest >= parity.FP16_MAX:
-                raise ConvertError(
-                    f"{name}: layer {layer} reaches {largest:.3g}, fp16 ends at "
-                    f"{parity.FP16_MAX:.0f}: use --activations fp32"
-                )
+        if self.precision.activations == "fp32":
+            return False
+        layer, (largest, _, _) = max(census.items(), key=lambda item: item[1][0])
+        if largest < parity.FP16_MAX:
+            return True
+        problem = f"{name}: layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
+        if not self.target.overflow_is_kept_in_fp32:
+            raise ConvertError(f"{problem}: use --activations fp32")
+        self.notes.append(f"{problem}: this component is kept in fp32")
+        return False
 
     def _copy_ecosystem_files(self) -> None:
         """What other tools look for beside the component folders."""
@@ -225,9 +241,17 @@ class _Job:
                 **self._check_picture(bundle),
             },
             "census": {name: _worst(census) for name, census in self.reference.census.items()},
-            "fp16_underflow": sum(self.underflow.values()),
+            **self.target.report(),
             "notes": self.notes,
         }
+
+    def write_check(self) -> None:
+        """The first and the last run of every component, for the device to repeat."""
+        runs = {
+            name: [(run.inputs, run.outputs) for run in recorded[:: max(1, len(recorded) - 1)][:2]]
+            for name, recorded in self.reference.runs.items()
+        }
+        checks.save(self.staged, runs, self.reference.picture)
 
     def _check_tokenizer(self, bundle: Bundle) -> None:
         prompts = (PROMPT, *reference.OTHER_PROMPTS)
@@ -242,27 +266,27 @@ class _Job:
 
     def _check_component(self, bundle: Bundle, name: str) -> dict[str, Any]:
         self.progress(f"check {name}")
-        engine = open_engine(bundle, name)
+        engine = self.target.open(bundle, name)
         runs = self.reference.runs[name]
         found = [engine(run.inputs) for run in runs]
         report = {}
         for output in runs[0].outputs:
             result = parity.compare([r.outputs[output] for r in runs], [f[output] for f in found])
             if result.psnr < self.floors["component"]:
-                hint = self._blame(name, runs[0])
+                hint = self._blame(bundle, name, runs[0])
                 parity.check(f"{name} {output}", result.psnr, self.floors["component"], hint)
             report[output] = parity.as_json(result)
         return report
 
-    def _blame(self, name: str, run: Run) -> str:
-        """Which layer lost it, found by running the original once more beside the graph."""
+    def _blame(self, bundle: Bundle, name: str, run: Run) -> str:
+        """Which layer lost it, found by running the original once more beside what was written."""
         make = modules.vae if name in VAE_PARTS else getattr(modules, name)
-        layer, found = worst(name, make(self.checkpoint), self.staged / name, run.inputs)
+        layer, found = self.target.worst_layer(bundle, name, make(self.checkpoint), run.inputs)
         return f"; it is lost in layer {layer} ({found:.1f} dB)"
 
     def _check_picture(self, bundle: Bundle) -> dict[str, float]:
         self.progress("check the picture")
-        pipe = Pipeline(bundle)
+        pipe = Pipeline(bundle, opener=self.target.open)
         *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps)
         picture = pipe.decode_array(last.latents)
         found = parity.psnr(self.reference.picture, picture, peak=1.0)
@@ -271,21 +295,34 @@ class _Job:
         return {"psnr": round(found, 2), "max_error": float(f"{difference:.3g}")}
 
 
-def _sizes(checkpoint: Checkpoint, size: tuple[int, int] | None) -> Sizes:
-    """The sizes that the graphs will take; `size` is the only one if it is given."""
+def _target(options: CoremlOptions | TensorrtOptions | None, task: Task) -> Target:
+    match options:
+        case CoremlOptions():
+            return CoremlTarget(task, options)
+        case TensorrtOptions():
+            return TensorrtTarget(task, options)
+        case _:
+            return OnnxTarget(task)
+
+
+def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], fixed: bool) -> Sizes:
+    """The sizes that the networks will take: those given, or one if they must be fixed, or any."""
     scale = checkpoint.vae_scale
-    if size is not None:
-        for side in size:
+    for width, height in sizes:
+        for side in (width, height):
             if side % scale or side < scale:
-                raise ValueError(f"size {size[0]}x{size[1]}: {side} is no multiple of {scale}")
-        return Sizes(size, scale, min(size), max(size), (size,))
+                raise ValueError(f"size {width}x{height}: {side} is no multiple of {scale}")
     side = checkpoint.configs["unet"].get("sample_size", 64)
     default = tuple(scale * s for s in (side if isinstance(side, list) else (side, side)))
+    sizes = sizes or (((default[0], default[1]),) if fixed else ())
+    if sizes:
+        sides = [side for size in sizes for side in size]
+        return Sizes(sizes[0], scale, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
     least = min(scale * 2 ** len(checkpoint.configs["unet"]["down_block_types"]), *default)
     return Sizes((default[0], default[1]), scale, least, max(2048, *default))
 
 
-def _of_component(name: str, census: dict) -> dict[str, tuple[float, int, int]]:
+def _of_component(name: str, census: dict) -> Census:
     """The layers of one half of the VAE; of any other component, all."""
     if name not in VAE_PARTS:
         return census
@@ -294,9 +331,10 @@ def _of_component(name: str, census: dict) -> dict[str, tuple[float, int, int]]:
     return {layer: seen for layer, seen in census.items() if not layer.startswith(mine)}
 
 
-def _worst(census: dict[str, tuple[float, int, int]]) -> list[dict[str, Any]]:
+def _worst(census: Census) -> list[dict[str, Any]]:
     """The layers with the least room below fp16's limit."""
-    ranked = sorted(census.items(), key=lambda item: -item[1][0])[:WORST_LAYERS]
+    layers = ((layer, seen) for layer, seen in census.items() if not layer.endswith(NORM_INPUT))
+    ranked = sorted(layers, key=lambda item: -item[1][0])[:WORST_LAYERS]
     return [
         {
             "layer": layer,
@@ -305,10 +343,6 @@ def _worst(census: dict[str, tuple[float, int, int]]) -> list[dict[str, Any]]:
         }
         for layer, (largest, _, _) in ranked
     ]
-
-
-def _tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
 
 
 def _three_digits(row: np.ndarray) -> tuple[float, float, float]:

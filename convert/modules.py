@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import torch
 
 from .checkpoint import Checkpoint, CheckpointError, tensors
 
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+NORM_INPUT = " (input)"  # added to the name of a norm for what goes into it
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -43,11 +46,16 @@ def vae(checkpoint: Checkpoint) -> torch.nn.Module:
 
 @contextmanager
 def census(module: torch.nn.Module) -> Iterator[dict[str, tuple[float, int, int]]]:
-    """Collect layer -> (largest finite magnitude, NaN count, Inf count) of all that runs inside."""
+    """Collect layer -> (largest finite magnitude, NaN count, Inf count) of all that runs inside.
+
+    Of norms also what goes in, which may be a sum that no layer returns: "layer (input)".
+    """
     seen: dict[str, tuple[float, int, int]] = {}
 
     def watch(name: str) -> Callable:
-        def hook(_module, _inputs, output):
+        def hook(layer, inputs, output):
+            if isinstance(layer, NORMS) and not name.endswith(NORM_INPUT):
+                watch(name + NORM_INPUT)(None, (), inputs[0])
             if not isinstance(output, torch.Tensor):
                 return
             top, nans, infs = seen.get(name, (0.0, 0, 0))
@@ -64,6 +72,18 @@ def census(module: torch.nn.Module) -> Iterator[dict[str, tuple[float, int, int]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: with an exporter's many small objects it takes a third."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

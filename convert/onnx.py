@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,21 @@ def export(
     weights: str = "fp32",
     activations: str = "fp32",
     opset: int = 20,
+    attention: str = "fused",
+    fixed: dict[str, int] | None = None,
+    edit: Callable[[ir.Graph], None] = lambda graph: None,
 ) -> dict[str, Any]:
     """Write model.onnx, model.onnx.data and config.json; return the inputs and outputs.
 
-    `latent_size` is (width, height) in latents; None leaves them open. Raises ConvertError.
+    `latent_size` is (width, height) in latents; None leaves them open. `attention` is as in
+    `wrappers.wrap`. `fixed` gives other dimensions a size, by name; `edit` changes the graph
+    before it is written. Raises ConvertError.
     """
     _check_choices(component, weights, activations)
     lost: dict[str, int] = {}
-    wrapper = wrap(component, module, activations == "fp16", lost)
+    wrapper = wrap(component, module, activations == "fp16", lost, attention)
     inputs, outputs = interface(component, module, latent_size, activations)
+    inputs, outputs = _fix(inputs, fixed or {}), _fix(outputs, fixed or {})
     model = _to_graph(wrapper, inputs, outputs, opset)
     _rename_dims(model.graph, inputs, outputs)
     _name_after_layers(model.graph)
@@ -50,6 +57,7 @@ def export(
     _check_finite(model.graph)
     if weights == "fp16" and activations == "fp32":
         _store_as_half(model.graph, lost)
+    edit(model.graph)
     folder.mkdir(parents=True, exist_ok=True)
     _write(model, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -123,6 +131,13 @@ def _vae_sizes(
 
 def _tensor(dtype: str, shape: list) -> dict:
     return {"dtype": dtype, "shape": shape}
+
+
+def _fix(tensors: dict[str, dict], sizes: dict[str, int]) -> dict[str, dict]:
+    return {
+        name: _tensor(t["dtype"], [sizes.get(n, n) for n in t["shape"]])
+        for name, t in tensors.items()
+    }
 
 
 def _check_choices(component: str, weights: str, activations: str) -> None:
@@ -264,7 +279,8 @@ def _write(model: ir.Model, folder: Path) -> None:
             step = PAGE if tensor.nbytes >= 16 * PAGE else LINE
             offset = -(-file.tell() // step) * step
             file.write(bytes(offset - file.tell()))
-            file.write(np.ascontiguousarray(tensor.numpy()).data)
+            packed = tensor.dtype.bitwidth < 8  # two to a byte
+            file.write(tensor.tobytes() if packed else np.ascontiguousarray(tensor.numpy()).data)
             value.const_value = ir.ExternalTensor(
                 "model.onnx.data",
                 offset,

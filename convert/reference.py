@@ -35,6 +35,7 @@ class Reference:
 
     recipe: Recipe
     size: tuple[int, int]
+    other_sizes: tuple[tuple[int, int], ...] = ()  # each network is called once at every one
     runs: dict[str, list[Run]] = field(default_factory=dict)
     census: dict[str, dict[str, tuple[float, int, int]]] = field(default_factory=dict)
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -99,6 +100,9 @@ def record_unet(
             out = empty + recipe.guidance * (out - empty)
         x = scheduler.step(out, timestep, x, **_step_options(scheduler, recipe, generator))[0]
     reference.latents = x
+    for width, height in reference.other_sizes:
+        noise = torch.randn((1, shape[1], height // scale, width // scale), generator=generator)
+        predict(noise, scheduler.timesteps[0], text["prompt"])
     return runs
 
 
@@ -121,11 +125,13 @@ def record_vae(module: Any, reference: Reference, scale: int) -> dict[str, list[
     colours = _colour_field(width, height)
     decoded = module.decode(reference.latents / factor).sample
     encoder, decoder = [], []
-    for image in (colours, decoded.clamp(-1, 1)):
+    others = [_colour_field(*size) for size in reference.other_sizes]
+    for image in (colours, decoded.clamp(-1, 1), *others):
         parameters = module.encode(image).latent_dist.parameters
         encoder.append(Run({"sample": image.numpy()}, {"latent_parameters": parameters.numpy()}))
-    mean = torch.from_numpy(encoder[0].outputs["latent_parameters"]).chunk(2, dim=1)[0]
-    for latents in (reference.latents / factor, mean):
+    parameters = [torch.from_numpy(run.outputs["latent_parameters"]) for run in encoder]
+    mean, _, *means = (values.chunk(2, dim=1)[0] for values in parameters)
+    for latents in (reference.latents / factor, mean, *means):
         image = module.decode(latents).sample
         decoder.append(Run({"latent_sample": latents.numpy()}, {"sample": image.numpy()}))
     reference.picture = ((decoded[0] / 2 + 0.5).clamp(0, 1)).permute(1, 2, 0).numpy()

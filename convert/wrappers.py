@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .attention import original
 from .checkpoint import ConvertError, check_unet
 from .modules import quiet
 
@@ -22,8 +23,13 @@ def wrap(
     module: torch.nn.Module,
     half: bool = False,
     lost: dict[str, int] | None = None,
+    attention: str = "fused",
 ) -> torch.nn.Module:
-    """A twin of the module that takes and returns what the graph does; it also runs in torch."""
+    """A twin of the module that takes and returns what the graph does; it also runs in torch.
+
+    `attention` is "fused", onnxruntime's own operator, "plain", those of the ONNX standard, or
+    "original", those of Core ML.
+    """
     if component == "unet":
         check_unet(module.config)
     with quiet():
@@ -32,7 +38,7 @@ def wrap(
     twin = _twin(module, half, {} if lost is None else lost)
     for layer in twin.modules():
         if isinstance(layer, Attention):
-            layer.forward = partial(_attention, layer)
+            layer.forward = partial(_attention, layer, ATTENTION[attention])
     kinds: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
         "text_encoder": TextEncoder,
         "text_encoder_2": TextEncoder,
@@ -180,8 +186,10 @@ def _context(block, context) -> dict:
     return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", 0) else {}
 
 
-def _attention(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-    """diffusers' attention layer around one fused operator: the score matrix never exists."""
+def _attention(
+    attn, operator, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+):
+    """diffusers' attention layer around one operator of ATTENTION."""
     x = hidden_states
     if x.ndim == 4:  # the VAE's: (batch, channels, height, width)
         x = x.flatten(2).transpose(1, 2)
@@ -189,7 +197,7 @@ def _attention(attn, hidden_states, encoder_hidden_states=None, attention_mask=N
         x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
     context = x if encoder_hidden_states is None else encoder_hidden_states
     q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
-    x = attn.to_out[0](_fused(q, k, v, attn.heads, attn.scale))
+    x = attn.to_out[0](operator(q, k, v, attn.heads, attn.scale))
     if hidden_states.ndim == 4:
         x = x.transpose(1, 2).reshape(hidden_states.shape)
     if attn.residual_connection:
@@ -198,14 +206,27 @@ def _attention(attn, hidden_states, encoder_hidden_states=None, attention_mask=N
 
 
 def _fused(q, k, v, heads: int, scale: float):  # each (batch, tokens, heads * size)
-    if torch.compiler.is_exporting():
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention",
-            (q, k, v),
-            {"num_heads": heads, "scale": scale},
-            dtype=q.dtype,
-            shape=q.shape,
-            version=1,
-        )
+    """One operator of onnxruntime's: the score matrix never exists."""
+    if not torch.compiler.is_exporting():
+        return _plain(q, k, v, heads, scale)
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (q, k, v),
+        {"num_heads": heads, "scale": scale},
+        dtype=q.dtype,
+        shape=q.shape,
+        version=1,
+    )
+
+
+def _plain(q, k, v, heads: int, scale: float):  # each (batch, tokens, heads * size)
+    """What the exporter makes of torch's own: Attention from opset 23, MatMul and Softmax below."""
     q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
+    "fused": _fused,
+    "plain": _plain,
+    "original": original,
+}

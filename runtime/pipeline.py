@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,15 +51,21 @@ class Pipeline:
     """Draws with a bundle.
 
     One component is in memory at a time, unless `resident`: then each stays once loaded.  The
-    picture is the same.
+    picture is the same.  `opener` loads a component; by default the engine of the bundle's target.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, resident: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        resident: bool = False,
+        opener: Callable[[Bundle, str], Engine] | None = None,
+    ) -> None:
         if threads is not None and not 1 <= threads <= 64:
             raise ValueError(f"threads is {threads}: it must be 1 to 64")
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._threads = threads
+        self._open = opener or (lambda bundle, name: open_engine(bundle, name, threads))
         self._resident = resident
         self._engines: dict[str, Engine] = {}
         self._texts: dict[str, Text] = {}
@@ -307,7 +313,7 @@ class Pipeline:
         if component not in self._engines:
             if not self._resident:
                 self.release()  # before the next is loaded, so that two are never in memory
-            self._engines[component] = open_engine(self.bundle, component, self._threads)
+            self._engines[component] = self._open(self.bundle, component)
         return self._engines[component](inputs)
 
     def _unet(self, inputs: Arrays, text: Text) -> Array32:

@@ -158,7 +158,7 @@ def test_fields_with_a_default_may_be_left_out():
 def test_every_field_is_on_the_page():
     prose = PAGE.split("## Example")[0]
     kinds = [bundle.Manifest, bundle.Component, bundle.Tensor, bundle.Sizes, bundle.Recipe]
-    kinds += [bundle.Tokenizer, bundle.File, bundle.Source, bundle.Precision]
+    kinds += [bundle.Tokenizer, bundle.File, bundle.Source, bundle.Precision, bundle.Memory]
     for name in (field.name for kind in kinds for field in dataclasses.fields(kind)):
         assert f"`{name}`" in prose, name
 
@@ -800,7 +800,7 @@ def test_dimensions_of_one_name_are_of_one_size(adding):
     assert "x has the shape (1, 1, 4), the manifest says (1, 1, 1)" in refused(run, adding, adder())
 
 
-@pytest.mark.parametrize("target", ["", "coreml", "onnx "])
+@pytest.mark.parametrize("target", ["", "coreML", "onnx "])
 def test_an_unknown_target_is_refused_when_it_is_opened(small, target):
     rewrite(small.folder, target=target)
     assert "no engine for target" in refused(open_engine, load(small.folder), "text_encoder")

@@ -503,8 +503,8 @@ def test_convert_passes_its_arguments_on_and_prints_the_report(monkeypatch):
     Path("sd").mkdir()
     args = ("--size", "64x128", "--weights", "fp32", "--name", "n", "--licence", "l", "-f")
     out = run("convert", "sd", *args)
-    expected = [Path("sd"), Path("sd.ferro"), "onnx", "fp32", "fp32", (64, 128), "n", "l", True]
-    assert seen == expected
+    expected = [Path("sd"), Path("sd.ferro"), "onnx", "fp32", None, ((64, 128),), None, "n", "l"]
+    assert seen == [*expected, True]
     manifest = bundle.load(EMBEDDED).manifest
     psnr = manifest.parity["components"]["unet"]["out_sample"]["psnr"]
     assert re.search(rf"^unet out_sample +{psnr:.1f} ", out, re.MULTILINE)
@@ -536,7 +536,9 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint):
         assert weights.name in fails(1, "convert", checkpoint)
 
 
-@pytest.mark.parametrize("option", ["--target x", "--weights w3", "--size 8x", "--colour", "a b"])
+@pytest.mark.parametrize(
+    "option", ["--target x", "--activations w3", "--size 8x", "--colour", "a b"]
+)
 def test_a_wrong_argument_of_convert_is_a_usage_error(option):
     fails(2, "convert", "sd", *option.split())
 

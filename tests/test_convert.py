@@ -13,7 +13,8 @@ from PIL import Image
 
 from ferrotype import bundle, parity
 from ferrotype.benchmarks.checkpoints import TINY, TINY_SD2, write_checkpoint
-from ferrotype.convert import STAGES, ConvertError, build, convert, reference, tokenizer
+from ferrotype.convert import ConvertError, convert, reference, stages, tokenizer
+from ferrotype.convert import onnx as onnx_export
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.recipe import from_checkpoint
 from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
@@ -191,12 +192,12 @@ def test_the_graphs_are_valid_and_laid_out_as_the_ecosystem_documents(bundles, p
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
-    stages = []
-    one = convert(checkpoint, tmp_path / "one.ferro", progress=stages.append)
+    told = []
+    one = convert(checkpoint, tmp_path / "one.ferro", progress=told.append)
     two = convert(checkpoint, tmp_path / "two.ferro")
     assert one.sha256 == two.sha256
     assert one.manifest.files == two.manifest.files
-    assert len(stages) == STAGES
+    assert len(told) == stages()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.ferro", "tiny", "two.ferro"]
 
 
@@ -221,7 +222,7 @@ def test_variants_of_the_architecture_convert_and_match(tmp_path, name):
 
 def test_a_fixed_size_draws_only_that(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
-    made = convert(checkpoint, tmp_path / "fixed.ferro", size=(72, 40))
+    made = convert(checkpoint, tmp_path / "fixed.ferro", sizes=[(72, 40)])
     assert made.manifest.components["unet"].inputs["sample"].shape == ("batch", 4, 5, 9)
     pipe = Pipeline(made)
     assert pipe.generate("a red apple").size == (72, 40)
@@ -232,7 +233,7 @@ def test_a_fixed_size_draws_only_that(tmp_path):
 def test_below_the_floor_it_fails_names_the_layer_and_leaves_nothing(tmp_path, monkeypatch):
     """A weight that is damaged on the way into the file is found and located."""
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
-    export = build.onnx.export
+    export = onnx_export.export
 
     def damaging(name, module, config, folder, *rest):
         made = export(name, module, config, folder, *rest)
@@ -240,7 +241,7 @@ def test_below_the_floor_it_fails_names_the_layer_and_leaves_nothing(tmp_path, m
             damage(folder, "mid_block.resnets.0.conv1.weight")
         return made
 
-    monkeypatch.setattr(build.onnx, "export", damaging)
+    monkeypatch.setattr(onnx_export, "export", damaging)
     with pytest.raises(parity.ParityError) as caught:
         convert(checkpoint, tmp_path / "bad.ferro", weights="fp32")
     message = str(caught.value)
@@ -287,9 +288,10 @@ def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monk
     [
         ({"target": "abacus"}, "target 'abacus' is not one of onnx"),
         ({"weights": "fp32", "activations": "fp16"}, "no floor for fp32 weights with fp16"),
-        ({"weights": "w3"}, "no floor for w3"),
-        ({"size": (100, 96)}, "100 is no multiple of 8"),
-        ({"size": (0, 96)}, "0 is no multiple of 8"),
+        ({"weights": "w3"}, 'weights for onnx: fp32 or fp16; no form "w3"'),
+        ({"weights": "p6"}, "weights p6: an ONNX bundle has fp32 or fp16"),
+        ({"sizes": [(100, 96)]}, "100 is no multiple of 8"),
+        ({"sizes": [(64, 64), (0, 96)]}, "0 is no multiple of 8"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_nothing_is_written(tmp_path, options, message):

@@ -22,7 +22,7 @@ from ferrotype.benchmarks.checkpoints import (  # noqa: E402
     write_checkpoint,
 )
 from ferrotype.bundle import BundleError, states_of  # noqa: E402
-from ferrotype.convert import STAGES, convert, modules, tokenizer  # noqa: E402
+from ferrotype.convert import convert, modules, stages, tokenizer  # noqa: E402
 from ferrotype.convert.checkpoint import CheckpointError, open_checkpoint, source_hash  # noqa: E402
 from ferrotype.convert.onnx import export  # noqa: E402
 from ferrotype.convert.recipe import from_checkpoint  # noqa: E402
@@ -206,10 +206,10 @@ def test_a_long_prompt_is_told_once(made):
 
 
 def test_fp16_activations_convert_and_the_size_stays_float32(made, tmp_path):
-    stages = []
-    options = {"weights": "fp16", "activations": "fp16", "size": (64, 48)}
-    half = convert(made["encoded"][0], tmp_path / "half.ferro", progress=stages.append, **options)
-    assert len(stages) == STAGES + 3
+    told = []
+    options = {"weights": "fp16", "activations": "fp16", "sizes": [(64, 48)]}
+    half = convert(made["encoded"][0], tmp_path / "half.ferro", progress=told.append, **options)
+    assert len(told) == stages(2)
     parts = half.manifest.components
     assert parts["unet"].inputs["text_embeds"].dtype == "float16"
     assert parts["unet"].inputs["time_ids"].dtype == "float32"

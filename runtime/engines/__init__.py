@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...bundle import Bundle, BundleError
+from ...bundle import Bundle, BundleError, Tensor
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Arrays], Arrays]
+TARGETS = ("onnx", "coreml", "tensorrt")
 
 
 def open_engine(bundle: Bundle, component: str, threads: int | None = None) -> Engine:
@@ -22,5 +23,31 @@ def open_engine(bundle: Bundle, component: str, threads: int | None = None) -> E
             from .onnx import OnnxEngine
 
             return OnnxEngine(bundle, component, threads)
+        case "coreml":
+            from .coreml import CoremlEngine
+
+            return CoremlEngine(bundle, component)
+        case "tensorrt":
+            from .tensorrt import TensorrtEngine
+
+            return TensorrtEngine(bundle, component, threads)
         case target:
-            raise BundleError(f"this ferrotype has no engine for target {target!r}, only for onnx")
+            raise BundleError(
+                f"this ferrotype has no engine for target {target!r}, only for {', '.join(TARGETS)}"
+            )
+
+
+def check_shapes(
+    where: str, manifest: dict[str, Tensor], arrays: Arrays, sizes: dict[str, int]
+) -> None:
+    """Compare arrays with the manifest; dimensions of one name are of one size, kept in `sizes`.
+
+    Raises BundleError that names the array.
+    """
+    for name, tensor in manifest.items():
+        found = np.shape(arrays[name])
+        named = zip(tensor.shape, found, strict=False)
+        wanted = [sizes.setdefault(d, n) if isinstance(d, str) else d for d, n in named]
+        if list(found) != wanted or len(found) != len(tensor.shape):
+            shape = ", ".join(str(sizes.get(str(d), d)) for d in tensor.shape)
+            raise BundleError(f"{where}: {name} has the shape {found}, the manifest says ({shape})")

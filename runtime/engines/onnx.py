@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle import Bundle, BundleError, Tensor
-from . import Arrays
+from . import Arrays, check_shapes
 
 MODEL = "model.onnx"
 DTYPES = {  # onnxruntime's names -> NumPy's
@@ -47,8 +47,8 @@ class OnnxEngine:
             raise BundleError(
                 f"onnxruntime cannot run {self._path}: {_first_line(error)}"
             ) from None
-        self._same_shapes(self._spec.inputs, feed, sizes)
-        self._same_shapes(self._spec.outputs, found, sizes)
+        check_shapes(str(self._path), self._spec.inputs, feed, sizes)
+        check_shapes(str(self._path), self._spec.outputs, found, sizes)
         return found
 
     def _same_names(self, verb: str, found: list[str], manifest: dict[str, Tensor]) -> None:
@@ -57,20 +57,6 @@ class OnnxEngine:
             raise BundleError(
                 f"{self._path} {verb} {names}; the manifest says {', '.join(manifest)}"
             )
-
-    def _same_shapes(
-        self, manifest: dict[str, Tensor], arrays: Arrays, sizes: dict[str, int]
-    ) -> None:
-        """Dimensions of one name are of one size, in the inputs and in the outputs."""
-        for name, tensor in manifest.items():
-            found = arrays[name].shape
-            named = zip(tensor.shape, found, strict=False)
-            wanted = [sizes.setdefault(d, n) if isinstance(d, str) else d for d, n in named]
-            if list(found) != wanted or len(found) != len(tensor.shape):
-                shape = ", ".join(str(sizes.get(str(d), d)) for d in tensor.shape)
-                raise BundleError(
-                    f"{self._path}: {name} has the shape {found}, the manifest says ({shape})"
-                )
 
 
 def _session(path: Path, threads: int | None) -> Any:

@@ -1,0 +1,295 @@
+"""What differs between the targets: how a component is written, and what runs it for the check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import parity
+from ..bundle import Bundle, Component, Precision, Tensor
+from ..quantize.recipe import Recipe, RecipeError
+from ..runtime.engines import Arrays, Engine
+from ..runtime.engines.coreml import CoremlEngine
+from ..runtime.engines.onnx import OnnxEngine
+from . import onnx
+from .blame import worst
+from .checkpoint import Checkpoint, ConvertError
+from .modules import NORM_INPUT
+from .options import CoremlOptions, TensorrtOptions
+
+Size = tuple[int, int]
+Census = dict[str, tuple[float, int, int]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every component of a conversion shares.
+
+    `sizes` are those of the latents, the default first; None leaves them open.
+    """
+
+    checkpoint: Checkpoint
+    precision: Precision
+    recipe: Recipe
+    sizes: tuple[Size, ...] | None
+    guided: bool  # whether a step takes two passes
+
+    @property
+    def tokens(self) -> int:
+        """The length of the text."""
+        return self.checkpoint.configs["text_encoder"]["max_position_embeddings"]
+
+
+class Target(Protocol):
+    """One kind of device."""
+
+    name: str
+    overflow_is_kept_in_fp32: bool  # else a component that overflows fp16 is refused
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        """Write a component to `folder`, which is below the bundle by its own name."""
+
+    def open(self, bundle: Bundle, name: str) -> Engine:
+        """What runs a written component on this machine, from the bundle's files alone."""
+
+    def worst_layer(
+        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
+    ) -> tuple[str, float]:
+        """The layer where most is lost, and its PSNR."""
+
+    def options(self) -> dict[str, str]:
+        """What the target was told, for the manifest."""
+
+    def report(self) -> dict[str, Any]:
+        """What became of the weights, for the parity report."""
+
+
+class OnnxTarget:
+    """Graphs for onnxruntime, checked by the engine that runs them later."""
+
+    name = "onnx"
+    overflow_is_kept_in_fp32 = False
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.underflow: Counter[str] = Counter()
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        sizes, precision = self.task.sizes, self.task.precision
+        made = onnx.export(
+            name,
+            module,
+            config,
+            folder,
+            sizes[0] if sizes and len(sizes) == 1 else None,
+            precision.weights,
+            precision.activations,
+        )
+        self.underflow.update(made["fp16_underflow"])
+        return Component(folder.name, config, tensors(made["inputs"]), tensors(made["outputs"]))
+
+    def open(self, bundle: Bundle, name: str) -> Engine:
+        return OnnxEngine(bundle, name)
+
+    def worst_layer(
+        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
+    ) -> tuple[str, float]:
+        return worst(name, module, bundle.path(name), inputs)
+
+    def options(self) -> dict[str, str]:
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        return {"fp16_underflow": self.underflow.total()}
+
+
+class CoremlTarget:
+    """Core ML packages, checked by our own reader of what was saved."""
+
+    name = "coreml"
+    overflow_is_kept_in_fp32 = True
+
+    def __init__(self, task: Task, options: CoremlOptions) -> None:
+        self.task, self.chosen = task, options
+        self.made: dict[str, Any] = {}
+        # Apple's runtime feeds two passes at once where there is guidance, and always for SDXL.
+        two = task.guided or task.checkpoint.family == "sdxl"
+        self.batch = 2 if options.layout == "apple" and two else 1
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        from . import coreml
+
+        peaks = {
+            layer.removesuffix(NORM_INPUT): top
+            for layer, (top, _, _) in census.items()
+            if layer.endswith(NORM_INPUT)
+        }
+        made = coreml.export(
+            name,
+            module,
+            config,
+            folder,
+            self.task.sizes or (),
+            self.task.tokens,
+            half,
+            self.task.recipe,
+            self.chosen,
+            self.batch if name == "unet" else 1,
+            peaks,
+        )
+        self.made[name] = made
+        inputs, outputs = tensors(made.inputs), tensors(made.outputs)
+        return Component(folder.name, config, inputs, outputs, tuple(made.parts))
+
+    def open(self, bundle: Bundle, name: str) -> Engine:
+        from .mlprogram import open_part
+
+        return CoremlEngine(bundle, name, open_part)
+
+    def worst_layer(
+        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
+    ) -> tuple[str, float]:
+        from .coreml import worst_layer
+
+        return worst_layer(bundle, name, module, inputs)
+
+    def options(self) -> dict[str, str]:
+        from .coremltools_fixes import coremltools
+
+        chosen = self.chosen
+        return {
+            "deployment": chosen.deployment,
+            "compute_units": chosen.compute_units,
+            "attention": chosen.attention,
+            "layout": chosen.layout,
+            "batch": str(self.batch),
+            "made_with": f"coremltools {coremltools().__version__}",
+        }
+
+    def report(self) -> dict[str, Any]:
+        names = [name for made in self.made.values() for name in made.seen]
+        _check_used(self.task.recipe, names)
+        return {
+            "weights": {name: dict(made.forms) for name, made in self.made.items()},
+            "not_compressed": {name: dict(made.kept) for name, made in self.made.items()},
+            "fp16_underflow": sum(sum(m.underflow.values()) for m in self.made.values()),
+        }
+
+
+class TensorrtTarget:
+    """Graphs of plain operators and engines built from them, checked by running the graphs."""
+
+    name = "tensorrt"
+    overflow_is_kept_in_fp32 = True
+
+    def __init__(self, task: Task, options: TensorrtOptions) -> None:
+        self.task, self.chosen = task, options
+        self.made: dict[str, Any] = {}
+        self.built: dict[str, list[Any]] = {}
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        from . import tensorrt
+
+        task, activations = self.task, "fp16" if half else "fp32"
+        sizes = task.sizes or ()
+        made = tensorrt.export(
+            name,
+            module,
+            config,
+            folder,
+            sizes[0] if len(sizes) == 1 else None,
+            activations if task.recipe.least_bits is None else task.recipe,
+            activations,
+            task.tokens,
+        )
+        spans = _spans(sizes, task.checkpoint.vae_scale if name == "vae_encoder" else 1)
+        self.made[name], self.built[name] = made, []
+        for capability in self.chosen.capabilities:
+            built = tensorrt.build(
+                folder / "model.onnx", capability, spans, name, self.chosen.weight_streaming
+            )
+            self.built[name].append(built)
+        memory = {built.capability: built.memory for built in self.built[name]}
+        inputs, outputs = tensors(made["inputs"]), tensors(made["outputs"])
+        return Component(folder.name, config, inputs, outputs, memory=memory)
+
+    def open(self, bundle: Bundle, name: str) -> Engine:
+        return OnnxEngine(bundle, name)
+
+    def worst_layer(
+        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
+    ) -> tuple[str, float]:
+        return worst(name, module, bundle.path(name), inputs)
+
+    def options(self) -> dict[str, str]:
+        builders = {built.builder for every in self.built.values() for built in every}
+        return {
+            "capabilities": ", ".join(self.chosen.capabilities),
+            "made_with": ", ".join(sorted(builders)) or "no engine was built",
+        }
+
+    def report(self) -> dict[str, Any]:
+        names = [
+            f"{component}/{weight}"
+            for component, made in self.made.items()
+            for weight in (*made["quantized"], *made["kept"])
+        ]
+        _check_used(self.task.recipe, names)
+        plain = "fp16" if self.task.precision.activations == "fp16" else "fp32"
+        weights, kept = {}, {}
+        for component, made in self.made.items():
+            forms = Counter(made["quantized"].values())
+            forms[plain] += len(made["kept"])
+            weights[component] = dict(forms)
+            kept[component] = dict(Counter(made["kept"].values()))
+        return {
+            "verdict": "parsed and compiled for each capability; the graph was run by "
+            "onnxruntime; no engine was run",
+            "weights": weights,
+            "not_compressed": kept,
+            "fp16_underflow": sum(sum(m["fp16_underflow"].values()) for m in self.made.values()),
+        }
+
+
+def _spans(sizes: tuple[Size, ...], scale: int) -> dict[str, tuple[int, int, int]] | None:
+    """Least, usual and most of height and width, where there are several sizes."""
+    if len(sizes) < 2:
+        return None
+    widths, heights = zip(*sizes, strict=True)
+    return {
+        name: (scale * min(values), scale * values[0], scale * max(values))
+        for name, values in (("width", widths), ("height", heights))
+    }
+
+
+def _check_used(recipe: Recipe, names: list[str]) -> None:
+    if unused := recipe.unused(names):
+        raise RecipeError(
+            f"the recipe's pattern {unused[0]!r} is the first match of no weight: it would be "
+            "ignored, so mend or remove it"
+        )
+
+
+def tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """The manifest's form of an export's interface."""
+    return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
+
+
+def floors(recipe: Recipe, precision: Precision) -> dict[str, float]:
+    """The named floors of a conversion; ConvertError lists the precisions that have some."""
+    bits = recipe.least_bits
+    weights = precision.weights if bits is None else f"{bits}-bit"
+    try:
+        return parity.floors(weights, precision.activations)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
