@@ -208,6 +208,8 @@ def convert(
         click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
         return
     click.echo(parity_table(bundle.manifest.parity))
+    if more := columns([*weights_rows(bundle.manifest.parity), *memory_rows(bundle)]):
+        click.echo(more)
     for note in bundle.manifest.parity["notes"]:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
@@ -466,12 +468,8 @@ def plan(
             for n, b, r in stages
         ]
         lines = [(n, mib(b), f"load, run {r} x, free") for n, b, r in stages]
-        for name, *_ in stages:
-            memory = pipe.bundle.component(name).memory
-            lines += [(f"  {name}, {device}", mib(m.total), "on the device: weights "
-                       f"{mib(m.weights)}, activations {mib(m.activations)}, scratch "
-                       f"{mib(m.scratch)}") for device, m in memory.items()]  # fmt: skip
-        click.echo(json.dumps(rows) if as_json else columns(lines))
+        text = "\n".join(filter(None, [columns(lines), columns(memory_rows(pipe.bundle))]))
+        click.echo(json.dumps(rows) if as_json else text)
 
 
 def device_memory(bundle: Bundle, component: str) -> dict[str, Any]:
@@ -537,6 +535,7 @@ def describe(bundle: Bundle) -> str:
     head = [
         ("model", f"{m.model} ({m.family}), licence {m.licence}"),
         ("target", f"{m.target}, {m.precision.weights} weights, {m.precision.activations} inside"),
+        *([("made for", ", ".join(f"{k} {v}" for k, v in m.options.items()))] if m.options else []),
         ("sizes", sizes_text(m.sizes)),
         ("recipe", f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}, "
                    f"{recipe.prediction_type}, {recipe.spacing} timesteps"),
@@ -544,7 +543,9 @@ def describe(bundle: Bundle) -> str:
         ("made by", m.tool),
         ("sha256", bundle.sha256),
     ]  # fmt: skip
-    return "\n\n".join([columns(head), columns(parts), parity_table(m.parity)])
+    more = columns([*weights_rows(m.parity), *memory_rows(bundle)])
+    tables = [columns(head), columns(parts), parity_table(m.parity), more]
+    return "\n\n".join(filter(None, tables))
 
 
 def bundle_json(bundle: Bundle) -> str:
@@ -577,6 +578,36 @@ def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
         name = f"picture: {picture['sampler']}, {picture['steps']} steps, seed {picture['seed']}"
         psnr, error = f"{picture['psnr']:.1f}", f"{picture['max_error']:.2g}"
         rows.append((name, psnr, f"{floors['picture']:.0f}", "", error, ""))
+    return rows
+
+
+def weights_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What became of the weights, where any were compressed, and why the others were not."""
+    try:
+        kept = {k: reasons for k, reasons in parity.get("not_compressed", {}).items() if reasons}
+        rows: list[tuple[str, ...]] = []
+        for name, forms in parity.get("weights", {}).items():
+            if set(forms) - {"fp16", "fp32"}:
+                counts = ", ".join(f"{count} as {form}" for form, count in forms.items())
+                why = "; ".join(f"{count}: {text}" for text, count in kept.get(name, {}).items())
+                rows.append((f"{name} weights", counts, why and f"not compressed: {why}"))
+        return rows
+    except (TypeError, AttributeError):  # it is free-form to the format
+        return []
+
+
+def memory_rows(bundle: Bundle) -> list[tuple[str, ...]]:
+    """What a device needs to run each component, where a target's compiler said it."""
+    rows: list[tuple[str, ...]] = []
+    for name, part in bundle.manifest.components.items():
+        for device, m in part.memory.items():
+            inside = [
+                ("weights", m.weights),
+                ("activations", m.activations),
+                ("scratch", m.scratch),
+            ]
+            text = ", ".join(f"{what} {mib(count)}" for what, count in inside)
+            rows.append((f"{name} on {device}", mib(m.total), text))
     return rows
 
 

@@ -317,9 +317,9 @@ class _Chooser:
             )
 
     def _name(self, constant: str) -> str:
-        """The checkpoint's name of a constant, without CLIP's prefix that versions differ in."""
+        """The checkpoint's name of a constant."""
         stem = constant.removesuffix("_to_fp16")
-        return self.names.get(stem, stem).removeprefix("text_model.")
+        return self.names.get(stem, stem)
 
 
 # --- where it was lost --------------------------------------------------------------------------

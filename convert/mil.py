@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
+import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -134,6 +136,21 @@ def save(program: Any, package: Path, ios: int) -> None:
             pass_pipeline=ct.PassPipeline.EMPTY,
             package_dir=str(package),
         )
+    _name_by_path(package)
+
+
+def _name_by_path(package: Path) -> None:
+    """Give a package's items names that follow from their paths: drawn ones differ every time."""
+    path = package / "Manifest.json"
+    manifest = json.loads(path.read_text())
+    entries = manifest["itemInfoEntries"]
+    names = {key: str(uuid.uuid5(uuid.NAMESPACE_URL, entries[key]["path"])) for key in entries}
+    manifest["itemInfoEntries"] = {
+        names[key]: entry
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["path"])
+    }
+    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
+    path.write_text(json.dumps(manifest, indent=4) + "\n")
 
 
 def load(package: Path) -> Any:
@@ -162,6 +179,7 @@ def join(folder: Path, part: str) -> None:
     description.default_function_name = functions[0]
     with silent():
         ct.utils.save_multifunction(description, str(folder / part))
+    _name_by_path(folder / part)
     for name in functions:
         shutil.rmtree(folder / name / part)
         if not any((folder / name).iterdir()):

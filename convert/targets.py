@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..quantize.recipe import Recipe, RecipeError
 from ..runtime.engines import Arrays, Engine
 from ..runtime.engines.coreml import CoremlEngine
 from ..runtime.engines.onnx import OnnxEngine
+from ..runtime.engines.tensorrt import VENDORS
 from . import onnx
 from .blame import worst
 from .checkpoint import Checkpoint, ConvertError
@@ -116,6 +118,8 @@ class CoremlTarget:
     overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: CoremlOptions) -> None:
+        if not importlib.util.find_spec("coremltools"):
+            raise needs("coremltools", "coreml")
         self.task, self.chosen = task, options
         self.made: dict[str, Any] = {}
         # Apple's runtime feeds two passes at once where there is guidance, and always for SDXL.
@@ -191,6 +195,12 @@ class TensorrtTarget:
     overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: TensorrtOptions) -> None:
+        from .tensorrt import check_capability
+
+        for capability in options.capabilities:
+            check_capability(capability)
+        if not any(importlib.util.find_spec(name) for name in VENDORS):
+            raise needs("tensorrt-rtx", "tensorrt")
         self.task, self.chosen = task, options
         self.made: dict[str, Any] = {}
         self.built: dict[str, list[Any]] = {}
@@ -249,7 +259,8 @@ class TensorrtTarget:
         weights, kept = {}, {}
         for component, made in self.made.items():
             forms = Counter(made["quantized"].values())
-            forms[plain] += len(made["kept"])
+            if made["kept"]:
+                forms[plain] = len(made["kept"])
             weights[component] = dict(forms)
             kept[component] = dict(Counter(made["kept"].values()))
         return {
@@ -278,6 +289,13 @@ def _check_used(recipe: Recipe, names: list[str]) -> None:
             f"the recipe's pattern {unused[0]!r} is the first match of no weight: it would be "
             "ignored, so mend or remove it"
         )
+
+
+def needs(package: str, extra: str) -> ConvertError:
+    """The line for a package that is not installed."""
+    return ConvertError(
+        f"this target needs {package}: install the extra, pip install '.[{extra}]' in a clone"
+    )
 
 
 def tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:

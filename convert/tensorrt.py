@@ -20,7 +20,7 @@ import torch
 from ..bundle import BundleError, Memory
 from ..quantize.recipe import Form, Recipe
 from ..quantize.weights import Integers, fits, quantize
-from ..runtime.engines.tensorrt import CAPABILITIES, Sizes, compile_engine, engine_name
+from ..runtime.engines.tensorrt_builder import CAPABILITIES, Sizes, compile_engine, engine_name
 from . import onnx
 from .checkpoint import ConvertError
 
@@ -94,12 +94,7 @@ def build(
 
     `sizes` gives (least, usual, most) of every open dimension. Raises ConvertError in one line.
     """
-    if capability not in CAPABILITIES:
-        raise ConvertError(
-            f"compute capability {capability!r} is not one that tensorrt-rtx builds for "
-            f"({', '.join(CAPABILITIES)}); others build their own engine with tensorrt, on the "
-            "device"
-        )
+    check_capability(capability)
     target = model.with_name(engine_name(capability))
     staged = target.with_suffix(".tmp")
     component = component or model.parent.name
@@ -114,6 +109,16 @@ def build(
     return Built(
         capability, target.name, target.stat().st_size, memory, said["seconds"], said["builder"]
     )
+
+
+def check_capability(capability: str) -> None:
+    """Raise ConvertError for a compute capability that engines cannot be built for."""
+    if capability not in CAPABILITIES:
+        raise ConvertError(
+            f"compute capability {capability!r} is not one that tensorrt-rtx builds for "
+            f"({', '.join(CAPABILITIES)}); others build their own engine with tensorrt, on the "
+            "device"
+        )
 
 
 # --- weights in integers ------------------------------------------------------------------------

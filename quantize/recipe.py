@@ -211,8 +211,15 @@ class Recipe:
         return parse("fp32" if self.default.kind == "fp32" else "fp16")
 
     def _first(self, tensor: str) -> int | None:
-        matches = (i for i, r in enumerate(self.rules) if fnmatch.fnmatchcase(tensor, r.match))
+        name = _without_clip(tensor)
+        patterns = (_without_clip(rule.match) for rule in self.rules)
+        matches = (i for i, p in enumerate(patterns) if fnmatch.fnmatchcase(name, p))
         return next(matches, None)
+
+
+def _without_clip(name: str) -> str:
+    """Checkpoints and libraries differ in whether a text encoder's tensors have this prefix."""
+    return name.replace("/text_model.", "/")
 
 
 def _unworthy(shape: tuple[int, ...], minimum: int) -> str | None:

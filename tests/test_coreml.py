@@ -425,6 +425,14 @@ def test_sizes_are_functions_that_share_their_weights(tiny, unet, tmp_path):
         pipe.steps("a boat", size=(96, 64))
 
 
+@pytest.mark.parametrize("weights", ["fp16", "p6"])
+def test_the_same_input_gives_the_same_bytes(quick, unet, tmp_path, weights):
+    for name in ("one", "two"):
+        write("unet", unet, tmp_path / name, weights=weights, deployment="ios18", chunks=2)
+    one, two = (bundles.list_files(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+
+
 # --- fewer bits ---------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ if not importlib.util.find_spec("coremltools"):
 from ferrotype.convert import mlprogram, modules  # noqa: E402
 from ferrotype.convert.checkpoint import ConvertError  # noqa: E402
 from ferrotype.convert.coremltools_fixes import coremltools  # noqa: E402
-from ferrotype.convert.mlprogram import CONSTANTS, OPS, Program, functions  # noqa: E402
+from ferrotype.convert.mlops import CONSTANTS, OPS  # noqa: E402
+from ferrotype.convert.mlprogram import Program, functions  # noqa: E402
 
 ct = coremltools()
 mb = ct.converters.mil.Builder

@@ -143,6 +143,14 @@ def test_what_a_tensor_gets_and_why(component, name, shape, form, reason):
     assert (str(found), why[: len(reason)]) == (form, reason)
 
 
+@pytest.mark.parametrize("pattern", ["text_encoder/encoder.*", "text_encoder/text_model.encoder.*"])
+@pytest.mark.parametrize("name", ["encoder.layers.0.mlp.fc1.weight", "text_model.encoder.x.weight"])
+def test_clips_prefix_does_not_matter(pattern, name):
+    recipe = Recipe(parse("p6"), (Rule(pattern, parse("p4")),))
+    assert str(recipe.choose("text_encoder", name, (64, 64))[0]) == "p4"
+    assert recipe.unused([f"text_encoder/{name}"]) == ()
+
+
 def test_the_first_rule_wins_and_rules_override_the_sensitive_list():
     rules = Rule("unet/conv_in*", parse("w8")), Rule("unet/*", parse("p4"))
     recipe = Recipe(parse("p6"), rules)

@@ -15,7 +15,7 @@ import pytest
 import ferrotype
 from ferrotype.bundle import Bundle, BundleError, Component, File, Sizes, Tensor
 from ferrotype.parity import psnr
-from ferrotype.runtime.engines import open_engine
+from ferrotype.runtime.engines import open_engine, tensorrt_builder
 from ferrotype.runtime.engines import tensorrt as engines
 
 torch = pytest.importorskip("torch")
@@ -29,7 +29,7 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 SIZE = (8, 8)  # of the latents
 FLOOR = {"fp32": 90, "fp16": 40, "w8": 30, "w4": 15}  # dB
 builder = pytest.mark.skipif(
-    engines._module("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+    tensorrt_builder.vendor_module("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 
 
@@ -171,7 +171,7 @@ def test_the_trained_unet_in_int8_is_close_to_the_original(trained, tmp_path):
     one = Exported("unet", open_checkpoint(trained), tmp_path, weights="w8", tokens=32)
     assert one.psnr() >= FLOOR["w8"]
     assert one.stored < 0.6 * 17.5e6
-    if engines._module("tensorrt_rtx"):
+    if tensorrt_builder.vendor_module("tensorrt_rtx"):
         built = tensorrt.build(one.model, "8.6", component="unet")
         assert one.stored * 0.9 < built.memory.weights < one.stored * 1.1
 
@@ -315,7 +315,7 @@ def test_a_builder_that_dies_is_one_line(tmp_path, monkeypatch, crash):
     (tmp_path / "broken.py").write_text(f"import os\n{crash}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(engines, "__name__", "broken")
+    monkeypatch.setattr(tensorrt_builder, "__name__", "broken")
     with pytest.raises(ConvertError, match=r"unet, for 8.6: tensorrt_rtx (crashed|ended) "):
         tensorrt.build(tmp_path / "model.onnx", "8.6", component="unet")
 
@@ -528,7 +528,7 @@ def bundle(tmp_path):
         whole = ferrotype.load().bundle
         folder, files = tmp_path / one.component, {}
         folder.mkdir()
-        for name in ("model.onnx", *map(engines.engine_name, have)):
+        for name in ("model.onnx", *map(tensorrt_builder.engine_name, have)):
             (folder / name).write_bytes(one.model.read_bytes() if name.endswith("onnx") else plan)
             files[f"{one.component}/{name}"] = File(1, "0" * 64)
         described = [
@@ -777,7 +777,7 @@ def test_without_a_gpu_it_is_one_line(unet):
      (("cuda.bindings.runtime",), "needs tensorrt-rtx")],
 )  # fmt: skip
 def test_a_missing_package_is_named(monkeypatch, there, missing):
-    monkeypatch.setattr(engines, "_module", lambda name: object() if name in there else None)
+    monkeypatch.setattr(engines, "vendor_module", lambda name: object() if name in there else None)
     with pytest.raises(BundleError) as caught:
         engines.open_device()
     assert str(caught.value).startswith(missing)
