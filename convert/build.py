@@ -58,6 +58,7 @@ def build(
     progress: Progress,
 ) -> Bundle:
     """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
+    modules.return_freed_memory()
     with modules.quiet(), bundles.staging(out, force) as staged:
         checkpoint = open_checkpoint(Path(folder))
         checkpoint = dataclasses.replace(

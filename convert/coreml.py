@@ -26,7 +26,7 @@ from ..runtime.engines.coreml import CoremlEngine, Part, function_name, package_
 from . import attention, mil, onnx
 from .blame import torch_outputs, worst_of
 from .checkpoint import ConvertError
-from .coremltools_fixes import coremltools
+from .coremltools_fixes import coremltools, validated_once
 from .mlprogram import Program
 from .modules import quiet, uncollected
 from .options import CoremlOptions
@@ -231,7 +231,7 @@ def _translate(
         ct.TensorType(package_name(component, name, options.layout), dtype=np.float32)
         for name in outputs
     ]
-    with quiet(), torch.no_grad(), mil.silent(), uncollected():
+    with quiet(), torch.no_grad(), mil.silent(), uncollected(), validated_once():
         captured = torch.export.export(
             Interface(wrapper, list(inputs), apple), arguments, strict=False
         ).run_decompositions({})
@@ -245,6 +245,7 @@ def _translate(
             if half
             else ct.precision.FLOAT32,
         )
+    program.validate()
     names = captured.graph_signature.inputs_to_parameters
     return program, {k: v.removeprefix("inner.module.") for k, v in names.items()}
 

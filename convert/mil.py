@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..quantize.recipe import Form
-from ..quantize.weights import Integers, Palette, quantize
+from ..quantize.weights import Integers, Palette, pack, quantize
 from .checkpoint import ConvertError
 from .coremltools_fixes import coremltools
 
@@ -79,10 +79,8 @@ def _constexpr(packed: Palette | Integers, op: Any, dtype: np.dtype, ios: int) -
     if isinstance(packed, Palette):
         indices = packed.indices
         if ios < 18:
-            bits = np.unpackbits(indices.reshape(-1, 1), axis=1, bitorder="little")
-            stream = np.packbits(bits[:, : packed.bits].reshape(-1), bitorder="little")
             return mb.constexpr_lut_to_dense(
-                indices=stream,
+                indices=pack(indices, packed.bits),
                 lut=packed.lut.reshape(-1).astype(dtype),
                 shape=np.array(indices.shape, np.uint32),
                 before_op=op,

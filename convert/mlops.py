@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..quantize.weights import unpack as unpack_bits
+
 KINDS: dict[str, tuple[int, int, type, torch.dtype]] = {
     # MIL's name -> bits, code in the weights file, numpy dtype, torch dtype; fp16 runs as float32
     "FLOAT16": (16, 1, np.float16, torch.float32),
@@ -58,8 +60,8 @@ def unpack(raw: np.ndarray, kind: str, count: int) -> np.ndarray:
     bits, _, dtype, _ = KINDS[kind]
     if bits >= 8:
         return raw[: count * bits // 8].view(dtype)
-    single = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(-1, bits)
-    values = np.packbits(single, axis=1, bitorder="little")[:, 0]
+    count = min(count, 8 * raw.size // bits)  # of a damaged file fewer, which the caller finds
+    values = unpack_bits(raw[: math.ceil(count * bits / 8)], bits, count)
     return values if kind != "INT4" else ((values ^ 8).astype(np.int8) - 8).astype(np.int8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
@@ -224,6 +225,7 @@ class TensorrtTarget:
         )
         spans = _spans(sizes, task.checkpoint.vae_scale if name == "vae_encoder" else 1)
         self.made[name], self.built[name] = made, []
+        gc.collect()  # the exported twin: the builder needs as much again
         for capability in self.chosen.capabilities:
             built = tensorrt.build(
                 folder / "model.onnx", capability, spans, name, self.chosen.weight_streaming

@@ -109,6 +109,30 @@ def quantize(
     return (_palette if form.kind == "palette" else _integers)(array, form, weight)
 
 
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values of 1, 2, 3, 4, 6 or 8 bits as bytes without gaps, the first least significant."""
+    each, values = 24 // bits, values.reshape(-1)
+    words = np.zeros(-(-values.size // each), "<u4")  # three bytes of each are used
+    for k in range(each):
+        part = values[k::each]
+        words[: part.size] |= part.astype("<u4") << (k * bits)
+    return words.view(np.uint8).reshape(-1, 4)[:, :3].reshape(-1)[: _packed(values.size, bits)]
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """What `pack` was given: `count` values, as uint8."""
+    each, count = 24 // bits, int(count)
+    padded = np.zeros((-(-count // each), 4), np.uint8)
+    whole, rest = divmod(packed.size, 3)
+    padded[:whole, :3] = packed[: 3 * whole].reshape(-1, 3)
+    if rest:
+        padded[whole, :rest] = packed[3 * whole :]
+    words, values = padded.view("<u4")[:, 0], np.empty((len(padded), each), np.uint8)
+    for k in range(each):
+        np.copyto(values[:, k], (words >> (k * bits)) & ((1 << bits) - 1), casting="unsafe")
+    return values.reshape(-1)[:count]
+
+
 def error(array: np.ndarray, quantized: Palette | Integers) -> dict[str, float]:
     """For reports: the RMS error relative to the RMS of the weights, and that in dB."""
     original = np.asarray(array, np.float32)
@@ -191,7 +215,9 @@ def _histogram(row: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, 
     if weight is not None and not weight.any():
         weight = None
     pattern = (row.astype(np.float16) + np.float16(0)).view(np.uint16)  # + 0 makes -0 equal 0
-    mass = np.bincount(pattern, weight, minlength=1 << 16)
+    mass = np.zeros(1 << 16)
+    for part in (slice(i, i + CHUNK) for i in range(0, len(pattern), CHUNK)):  # in the cache
+        mass += np.bincount(pattern[part], None if weight is None else weight[part], 1 << 16)
     used = np.flatnonzero(mass)
     values = used.astype(np.uint16).view(np.float16).astype(np.float64)
     order = np.argsort(values)

@@ -635,6 +635,18 @@ def test_alias_is_still_unknown_to_coremltools(monkeypatch):
         translated(Alias(), torch.ones(2))
 
 
+@pytest.mark.parametrize("value", [[1.0, -65504.0], [70000.0], [-7e4], [np.inf], [np.nan, 7e4], []])
+def test_weights_that_overflow_are_found_as_coremltools_finds_them(value):
+    kind = coremltools_fixes.coremltools().transform.FP16ComputePrecision
+    stored = np.array(value, np.float32)
+    const = types.SimpleNamespace(op_type="const", val=types.SimpleNamespace(val=stored))
+    var = types.SimpleNamespace(op=const, val=stored, is_tensor_or_scalar_of=lambda dtype: True)
+    op = types.SimpleNamespace(inputs={"weight": var, "others": [var]})
+    [original] = [c.cell_contents for c in kind.fp16_overflow.__closure__]
+    assert "fp16_overflow" in original.__qualname__, "there is nothing to mend any more"
+    assert kind.fp16_overflow(op) == original(op)
+
+
 def test_casts_of_one_element_arrays_still_fail_in_coremltools(monkeypatch):
     from coremltools.converters.mil.frontend.torch import ops
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ferrotype.quantize import weights
 from ferrotype.quantize.recipe import GRANULARITIES, Form, Recipe, RecipeError, Rule, parse
-from ferrotype.quantize.weights import Integers, Palette, error, fits, quantize
+from ferrotype.quantize.weights import Integers, Palette, error, fits, pack, quantize, unpack
 
 NAMES = ["p8", "p6", "p4", "p2", "p6g2", "p4g1", "w8", "w8t", "w8b4", "w8a", "w8ta", "w8b4a"]
 NAMES += ["w4b4", "w4b8", "w4c", "w4b4a", "w4ca"]
@@ -141,6 +141,16 @@ BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 def test_what_a_tensor_gets_and_why(component, name, shape, form, reason):
     found, why = Recipe.loads(EXAMPLE).choose(component, name, shape)
     assert (str(found), why[: len(reason)]) == (form, reason)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 23, 24, 25, 1001])
+def test_bits_are_packed_without_gaps(bits, count):
+    values = np.random.default_rng(bits * count).integers(0, 1 << bits, count, dtype=np.uint8)
+    single = np.unpackbits(values.reshape(-1, 1), axis=1, bitorder="little")[:, :bits]
+    packed = np.packbits(single.reshape(-1), bitorder="little")
+    np.testing.assert_array_equal(pack(values, bits), packed)
+    np.testing.assert_array_equal(unpack(packed, bits, count), values)
 
 
 @pytest.mark.parametrize("pattern", ["text_encoder/encoder.*", "text_encoder/text_model.encoder.*"])
