@@ -340,13 +340,7 @@ def verify(bundle: Bundle, progress: Callable[[int], None] = lambda count: None)
 def loads(text: str, where: str = MANIFEST) -> Manifest:
     """Parse a manifest; every fault is a BundleError that names the field."""
     try:
-        raw = json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_number,
-            parse_float=_number,
-            parse_int=_whole_number,
-        )
+        raw = strict_json(text)
         if not isinstance(raw, dict) or "format" not in raw:
             raise TypeError("format: missing")
         if raw["format"] != FORMAT:  # first: a newer format may have fields we do not know
@@ -611,6 +605,20 @@ def _umask() -> int:
 
 
 # --- reading JSON into the dataclasses above ----------------------------------------------------
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON that every parser reads alike: no key twice, no NaN, numbers of 64 bits.
+
+    Raises ValueError that names the finding, RecursionError for what nests too deeply.
+    """
+    return json.loads(
+        text,
+        object_pairs_hook=_unique_keys,
+        parse_constant=_number,
+        parse_float=_number,
+        parse_int=_whole_number,
+    )
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle import strict_json
 from ..errors import FerrotypeError
 
 VERSION = 1
@@ -151,14 +152,7 @@ class Recipe:
     def loads(cls, text: str, where: str = "recipe") -> Recipe:
         """Parse a recipe's text; every fault is a RecipeError that names the field."""
         try:
-            raw = json.loads(
-                text,
-                object_pairs_hook=_unique_keys,
-                parse_constant=_number,
-                parse_float=_number,
-                parse_int=_whole_number,
-            )
-            return _read_recipe(raw)
+            return _read_recipe(strict_json(text))
         except RecursionError:
             raise RecipeError(f"{where} is not a valid recipe: it nests too deeply") from None
         except ValueError as error:
@@ -312,26 +306,6 @@ def _expect(kind: type, value: Any, where: str) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        _require(key not in result, f"an object names the key {_short(key)} twice")
-        result[key] = value
-    return result
-
-
-def _number(text: str) -> float:
-    """NaN and Infinity are not JSON, and 1e999 is no float."""
-    _require(math.isfinite(float(text)), f"{text[:40]} is not a finite number")
-    return float(text)
-
-
-def _whole_number(text: str) -> int:
-    """The length is looked at first, since parsing is quadratic."""
-    _require(len(text) <= 18, f"{text[:40]} does not fit 64 bits")
-    return int(text)
 
 
 def _require(holds: object, message: str) -> None:

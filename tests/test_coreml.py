@@ -351,6 +351,21 @@ def test_norms_whose_squares_would_overflow_are_scaled(trained, tmp_path):
     assert quality[1] > 60
 
 
+def test_what_goes_into_norms_is_seen_and_handed_on(tiny, tmp_path, monkeypatch):
+    seen = {}
+
+    def stop(name, *arguments):
+        seen[name] = arguments[-1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coreml, "export", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny["sd1"], tmp_path / "out.ferro", "coreml")
+    [(layer, peak)] = [p for p in seen["text_encoder"].items() if p[0].endswith("0.layer_norm1")]
+    assert not layer.startswith(" ")
+    assert peak > 0.1
+
+
 def test_the_time_step_is_not_rounded_to_fp16(unet, tmp_path):
     made = write("unet", unet, tmp_path / "unet", attention="original")
     found, expected = {}, {}
