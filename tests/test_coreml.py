@@ -391,6 +391,23 @@ def test_large_token_ids_survive(tmp_path, layout):
     assert parity.psnr(expected, read(tmp_path / "out", made, given)["last_hidden_state"]) > 55
 
 
+@pytest.mark.parametrize(("layout", "dtype"), [("ferrotype", np.int32), ("apple", np.float32)])
+def test_the_engine_feeds_token_ids_exactly(for_phones, layout, dtype):
+    manifest = dataclasses.replace(for_phones.manifest, options={"layout": layout})
+    fed = {}
+
+    def open_fake(package, function):
+        return lambda values: fed.update(values) or {}
+
+    one = engine.CoremlEngine(
+        bundles.Bundle(for_phones.folder, manifest), "text_encoder", open_fake
+    )
+    with pytest.raises(BundleError, match="its packages return no last_hidden_state"):
+        one({"input_ids": np.full((1, 32), 49407)})
+    assert fed["input_ids"].dtype == dtype
+    assert (fed["input_ids"] == 49407).all()
+
+
 # --- pieces and functions -----------------------------------------------------------------------
 
 
