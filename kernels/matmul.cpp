@@ -1,0 +1,247 @@
+// Convolution and linear layers: one driver over every instruction set's tile of outputs.
+//
+// A filter tap is a shift of the row pointers, so a 3x3 convolution is nine matrix products over the
+// same padded image and nothing is copied.  A job is a panel of 64 outputs by a chunk of pixels; the
+// weights of a panel are cut so that they stay in the second-level cache while pixels stream past.
+// Each output is summed by one thread in one order: results do not depend on the number of threads.
+#include "internal.h"
+
+namespace ft {
+namespace {
+
+constexpr int64_t PANEL_BYTES = 384 << 10; // of weights, in the second-level cache beside pixels
+constexpr int64_t CHUNK_PIXELS = 384;      // times 64 sums in fp32: 96 KiB
+constexpr int MAX_TAPS = 9;
+constexpr int MAX_CHUNKS = 512;
+
+struct Chunk { // of the inputs: some taps of one source, or some channels of one tap
+    int source, tap, tap_count;
+    int64_t k, k_count; // elements
+    int64_t w;          // bytes into a block of weights
+};
+
+struct Plan {
+    int sources, taps, parities;
+    int64_t k[2];        // padded channels of each source
+    int64_t k_total;     // per output
+    int64_t blocks;      // of LANES outputs in the weights
+    int64_t w_block;     // bytes of a block
+    int64_t pixels;      // per parity
+    int64_t chunk_pixels, pixel_chunks, panels;
+    int chunk_count;
+    Chunk chunks[MAX_CHUNKS];
+};
+
+int64_t taps_of(const ft_op &op) { return op.upsample ? 4 : int64_t(op.side) * op.side; }
+
+int64_t k_total(const ft_op &op) {
+    return taps_of(op) * padded(op.a.c) + (op.b.h ? padded(op.b.c) : 0);
+}
+
+int64_t blocks_of(const ft_op &op) { return padded(op.out.c) / LANES * (op.geglu ? 2 : 1); }
+
+int64_t chunk_limit(const ft_op &op) { return PANEL_BYTES / TILE / type_bytes(op.weight_type); }
+
+// Cut taps x channels of a source so that each piece is at most `limit` elements; -1: too many.
+int cut(Chunk *chunks, int count, int source, int taps, int64_t channels, int64_t limit,
+        int64_t w, int64_t w_element) {
+    const int64_t pieces = (channels + limit - 1) / limit;
+    const int groups = pieces > 1 ? taps : int((taps * channels + limit - 1) / limit);
+    for (int g = 0; g < groups; g++) {
+        const int first = taps * g / groups, last = taps * (g + 1) / groups;
+        for (int64_t p = 0; p < pieces; p++) {
+            if (count == MAX_CHUNKS) return -1;
+            const int64_t k0 = round_up(channels * p / pieces, LANES);
+            const int64_t k1 = p + 1 == pieces ? channels : round_up(channels * (p + 1) / pieces, LANES);
+            chunks[count++] = {source, first, last - first, k0, k1 - k0,
+                               w + (first * channels + k0) * w_element};
+        }
+    }
+    return count;
+}
+
+bool make_plan(Plan &plan, const ft_op &op, int threads) {
+    plan.sources = op.b.h ? 2 : 1;
+    plan.taps = int(taps_of(op));
+    plan.parities = op.upsample ? 4 : 1;
+    plan.k[0] = padded(op.a.c);
+    plan.k[1] = op.b.h ? padded(op.b.c) : 0;
+    plan.k_total = k_total(op);
+    plan.blocks = blocks_of(op);
+    const int64_t w_element = LANES * type_bytes(op.weight_type), limit = chunk_limit(op);
+    plan.w_block = plan.k_total * w_element;
+    plan.pixels = op.upsample ? int64_t(op.a.h) * op.a.w : int64_t(op.out.h) * op.out.w;
+    plan.panels = (plan.blocks + MAX_BLOCKS - 1) / MAX_BLOCKS;
+    plan.chunk_pixels = CHUNK_PIXELS;
+    while (plan.chunk_pixels > 48 && // few pixels: enough jobs for every thread all the same
+           plan.panels * plan.parities * ((plan.pixels + plan.chunk_pixels - 1) / plan.chunk_pixels) <
+               4 * threads)
+        plan.chunk_pixels /= 2;
+    plan.pixel_chunks = (plan.pixels + plan.chunk_pixels - 1) / plan.chunk_pixels;
+    plan.chunk_count = cut(plan.chunks, 0, 0, plan.taps, plan.k[0], limit, 0, w_element);
+    if (plan.sources == 2 && plan.chunk_count >= 0)
+        plan.chunk_count = cut(plan.chunks, plan.chunk_count, 1, 1, plan.k[1], limit,
+                               plan.taps * plan.k[0] * w_element, w_element);
+    return plan.chunk_count > 0;
+}
+
+const char *check(const ft_op &op) {
+    const ft_tensor &a = op.a, &out = op.out;
+    if (op.side != 1 && op.side != 3) return "side is neither 1 nor 3";
+    if (op.stride != 1 && op.stride != 2) return "stride is neither 1 nor 2";
+    if (op.pad != (op.side == 3) && !(op.pad == 0 && op.side == 3 && op.stride == 2))
+        return "pad does not fit the side";
+    if (a.type > FT_F16 || op.weight_type > FT_F16 || out.type > FT_F16) return "unknown type";
+    if (op.upsample) {
+        if (op.side != 3 || op.stride != 1 || op.geglu || !a.border) return "malformed upsample";
+        if (out.h != 2 * a.h || out.w != 2 * a.w) return "upsample needs twice the size";
+    } else {
+        const int64_t low = -int64_t(op.pad), b = a.border;
+        const int64_t bottom = low + int64_t(out.h - 1) * op.stride + op.side - 1;
+        const int64_t right = low + int64_t(out.w - 1) * op.stride + op.side - 1;
+        if (low < -b || bottom >= a.h + b || right >= a.w + b) return "reads past the border of a";
+    }
+    if (op.b.h && (op.side != 1 || op.upsample || op.b.h != a.h || op.b.w != a.w ||
+                   op.b.type != a.type || op.stride != 1))
+        return "b is not beside a";
+    if (op.c.h && (op.c.h != out.h || op.c.w != out.w || op.c.c != out.c || op.c.type != out.type))
+        return "the residual is not like out";
+    if (op.add.h && (op.add.h != 1 || op.add.w != 1 || op.add.c != out.c || op.add.type != FT_F32 ||
+                     op.geglu))
+        return "the vector to add does not fit";
+    if (op.act > FT_RELU) return "unknown activation";
+    if (op.geglu && (op.act || op.late)) return "geglu has an activation of its own";
+    if (op.weight == FT_NO_WEIGHT) return "no weight";
+    Plan plan;
+    if (!make_plan(plan, op, 1)) return "too many input channels";
+    return nullptr;
+}
+
+uint64_t thread_scratch(const Plan &plan) {
+    return (plan.chunk_count > 1 ? round_up(plan.chunk_pixels, MAX_ROWS) : MAX_ROWS) * TILE *
+           sizeof(float);
+}
+
+uint64_t scratch(const ft_op &op, const Kernels &kernels, int threads) {
+    if (winograd_fits(op)) return winograd_scratch(op, kernels, threads);
+    Plan plan;
+    return make_plan(plan, op, threads) ? thread_scratch(plan) * threads : UINT64_MAX;
+}
+
+uint64_t weight_bytes(const ft_op &op) {
+    return uint64_t(blocks_of(op)) * k_total(op) * LANES * type_bytes(op.weight_type) *
+           (op.upsample ? 4 : 1);
+}
+
+uint64_t bias_bytes(const ft_op &op) { return blocks_of(op) * LANES * sizeof(float); }
+
+// What a job needs of the op, found once.
+struct Run {
+    const ft_op &op;
+    const Context &context;
+    const Plan &plan;
+    TileKernel kernel;
+
+    // Pixels of the output, or of one parity of it, in order from `pixel`: f(row, y, x).
+    template <class F> void each_pixel(int64_t pixel, int rows, const F &f) const {
+        const int64_t width = op.upsample ? op.a.w : op.out.w;
+        int64_t y = pixel / width, x = pixel % width;
+        for (int r = 0; r < rows; r++) {
+            f(r, y, x);
+            if (++x == width) x = 0, y++;
+        }
+    }
+
+    void sums(float *acc, const Chunk &chunk, int64_t pixel, int rows, int parity, int64_t panel,
+              bool add) const {
+        const ft_tensor &t = chunk.source ? op.b : op.a;
+        const char *row[MAX_ROWS];
+        const int64_t step = op.upsample ? 1 : op.stride;
+        const int64_t down = op.upsample ? (parity >> 1) - 1 : -op.pad;
+        const int64_t right = op.upsample ? (parity & 1) - 1 : -op.pad;
+        each_pixel(pixel, rows, [&](int r, int64_t y, int64_t x) {
+            row[r] = context.at(t, y * step + down, x * step + right);
+        });
+        int64_t taps[MAX_TAPS];
+        const int side = op.upsample ? 2 : op.side;
+        for (int i = 0; i < chunk.tap_count; i++) {
+            const int tap = chunk.tap + i;
+            taps[i] = (tap / side) * bytes_of_row(t) + (tap % side) * bytes_of_pixel(t) +
+                      chunk.k * type_bytes(t.type);
+        }
+        const char *w = context.weights + op.weight + chunk.w +
+                        (parity * plan.blocks + panel * MAX_BLOCKS) * plan.w_block;
+        const int blocks = int(plan.blocks - panel * MAX_BLOCKS);
+        for (int b = 0; b < (blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS); b += kernel.blocks) {
+            const int left = (blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS) - b;
+            kernel.run({row, taps, chunk.tap_count, int32_t(chunk.k_count), w + b * plan.w_block,
+                        plan.w_block, rows, left < kernel.blocks ? left : kernel.blocks, add,
+                        TILE, acc + b * LANES});
+        }
+    }
+
+    void finish(const float *acc, int64_t pixel, int rows, int parity, int64_t panel) const {
+        const int64_t first = panel * MAX_BLOCKS, left = plan.blocks - first;
+        const int blocks = int(left < MAX_BLOCKS ? left : MAX_BLOCKS);
+        each_pixel(pixel, rows, [&](int r, int64_t y, int64_t x) {
+            if (op.upsample) y = 2 * y + (parity >> 1), x = 2 * x + (parity & 1);
+            finish_pixel(op, context, acc + r * TILE, first, blocks, y, x);
+        });
+    }
+
+    void job(int64_t index, int thread, bool pixels_outer) const {
+        const int64_t per_parity = plan.panels * plan.pixel_chunks;
+        const int parity = int(index / per_parity);
+        index %= per_parity;
+        const int64_t panel = pixels_outer ? index % plan.panels : index / plan.pixel_chunks;
+        const int64_t chunk = pixels_outer ? index / plan.panels : index % plan.pixel_chunks;
+        const int64_t start = chunk * plan.chunk_pixels;
+        const int64_t end =
+            start + plan.chunk_pixels < plan.pixels ? start + plan.chunk_pixels : plan.pixels;
+        float *acc = reinterpret_cast<float *>(context.arena + op.scratch +
+                                               thread * thread_scratch(plan));
+        for (int c = 0; c < plan.chunk_count; c++) {
+            const bool last = c + 1 == plan.chunk_count;
+            for (int64_t p = start; p < end; p += kernel.rows) {
+                const int rows = int(end - p < kernel.rows ? end - p : kernel.rows);
+                float *sum = plan.chunk_count > 1 ? acc + (p - start) * TILE : acc;
+                sums(sum, plan.chunks[c], p, rows, parity, panel, c > 0);
+                if (last) finish(sum, p, rows, parity, panel);
+            }
+        }
+    }
+};
+
+void run(const ft_op &op, const Context &context) {
+    if (winograd_fits(op)) return winograd_run(op, context);
+    Plan plan;
+    make_plan(plan, op, context.pool->threads());
+    const Run run{op, context, plan, context.kernels->tile[op.a.type][op.weight_type]};
+    // Panels outside: pixels are read once per panel.  Pixels outside: weights once per chunk.
+    const int64_t pixel_bytes = plan.pixels * (plan.k[0] + plan.k[1]) * type_bytes(op.a.type);
+    const int64_t weight_bytes = plan.blocks * plan.w_block;
+    const bool pixels_outer =
+        plan.pixel_chunks * weight_bytes + pixel_bytes < plan.panels * pixel_bytes + weight_bytes;
+    if (op.out.border) zero_border(op.out, context);
+    context.pool->each(plan.parities * plan.panels * plan.pixel_chunks,
+                       [&](int64_t i, int thread) { run.job(i, thread, pixels_outer); });
+}
+
+} // namespace
+
+void finish_pixel(const ft_op &op, const Context &context, const float *acc, int64_t first, int blocks,
+                  int64_t y, int64_t x) {
+    const int64_t channel = (op.geglu ? first / 2 : first) * LANES; // of out
+    const int64_t offset = channel * type_bytes(op.out.type);
+    const float *bias = nullptr, *add = nullptr;
+    if (op.bias != FT_NO_WEIGHT)
+        bias = reinterpret_cast<const float *>(context.weights + op.bias) + first * LANES;
+    if (op.add.h) add = reinterpret_cast<const float *>(context.at(op.add)) + channel;
+    context.kernels->finish({acc, bias, add, op.c.h ? context.at(op.c, y, x) + offset : nullptr,
+                             context.at(op.out, y, x) + offset, op.geglu ? blocks / 2 : blocks,
+                             op.out.type, op.act, op.geglu, op.late});
+}
+
+const Op matmul_op = {check, scratch, weight_bytes, bias_bytes, run};
+
+} // namespace ft

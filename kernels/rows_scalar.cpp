@@ -1,0 +1,101 @@
+// What is done to rows, as the formulas say: the reference of every other instruction set.
+#include <cmath>
+
+#include "simd_scalar.h"
+#include "tables.h"
+
+namespace ft {
+namespace {
+
+float gelu(float x) { return 0.5f * x * std::erfc(-x * float(M_SQRT1_2)); }
+
+float activate(float x, uint32_t act) {
+    switch (act) {
+    case FT_SILU: return x / (1 + std::exp(-x));
+    case FT_GELU: return gelu(x);
+    case FT_QUICK_GELU: return x / (1 + std::exp(-1.702f * x));
+    case FT_RELU: return x < 0 ? 0 : x;
+    case FT_TANH3: return 3 * std::tanh(x / 3);
+    default: return x;
+    }
+}
+
+void finish(const Finish &f) {
+    for (int i = 0; i < f.blocks * LANES; i++) {
+        // with geglu, every second block holds gates
+        const int j = f.geglu ? i / LANES * 2 * LANES + i % LANES : i;
+        float v = f.acc[j] + (f.bias ? f.bias[j] : 0);
+        if (f.geglu) v *= gelu(f.acc[j + LANES] + (f.bias ? f.bias[j + LANES] : 0));
+        if (f.add) v += f.add[i];
+        if (!f.late) v = activate(v, f.act);
+        if (f.residual) v += get(f.residual, f.type, i);
+        if (f.late) v = activate(v, f.act);
+        put(f.out, f.type, i, v);
+    }
+}
+
+float softmax(const Softmax &s) {
+    float top = *s.top;
+    for (int i = 0; i < s.valid; i++) top = std::fmax(top, s.scores[i] * s.scale);
+    const float shift = top == -INFINITY ? 0 : top; // nothing so far: every weight is zero
+    const float alpha = top == *s.top ? 1 : std::exp2(*s.top - shift);
+    float sum = 0;
+    for (int i = 0; i < s.padded; i++) {
+        put(s.out, s.type, i, i < s.valid ? std::exp2(s.scores[i] * s.scale - shift) : 0);
+        sum += get(s.out, s.type, i); // of the weights as they are used
+    }
+    *s.sum = *s.sum * alpha + sum;
+    *s.top = top;
+    return alpha;
+}
+
+void rescale(float *x, float f, int n) {
+    for (int i = 0; i < n; i++) x[i] *= f;
+}
+
+void scaled(char *out, uint32_t type, const float *acc, float f, int n) {
+    for (int i = 0; i < n; i++) put(out, type, i, acc[i] * f);
+}
+
+void moments(const char *x, uint32_t type, int64_t pixel_bytes, int pixels, int channels,
+             const float *shift, float *sum, float *square) {
+    for (int p = 0; p < pixels; p++)
+        for (int c = 0; c < channels; c++) {
+            const float d = get(x + p * pixel_bytes, type, c) - shift[c];
+            sum[c] += d;
+            square[c] += d * d;
+        }
+}
+
+void affine(char *out, const char *x, uint32_t type, int channels, const float *scale,
+            const float *shift, uint32_t act) {
+    for (int c = 0; c < channels; c++)
+        put(out, type, c, activate(get(x, type, c) * scale[c] + shift[c], act));
+}
+
+void layer_norm(char *out, const char *x, uint32_t type, int channels, float eps,
+                const float *gamma, const float *beta) {
+    double mean = 0, variance = 0;
+    for (int c = 0; c < channels; c++) mean += get(x, type, c);
+    mean /= channels;
+    for (int c = 0; c < channels; c++) {
+        const double d = get(x, type, c) - mean;
+        variance += d * d;
+    }
+    const double scale = 1 / std::sqrt(variance / channels + eps);
+    for (int c = 0; c < channels; c++)
+        put(out, type, c, float((get(x, type, c) - mean) * scale * gamma[c] + beta[c]));
+    for (int c = channels; c % LANES; c++) put(out, type, c, 0);
+}
+
+void unary(char *out, const char *a, const char *b, uint32_t type, int n, uint32_t act) {
+    for (int i = 0; i < n; i++)
+        put(out, type, i, activate(get(a, type, i) + (b ? get(b, type, i) : 0), act));
+}
+
+} // namespace
+
+const Rows scalar_rows = {finish,  softmax, rescale,    scaled,
+                          moments, affine,  layer_norm, unary};
+
+} // namespace ft

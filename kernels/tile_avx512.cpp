@@ -1,0 +1,25 @@
+// Tiles with AVX-512F/BW/VL/DQ: 24 sums in registers, arithmetic in fp32.
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+#include "simd_avx512.h"
+
+#include "tile_vector.h"
+
+namespace {
+using avx512::V;
+
+template <class W> using Kernel = Shapes<V, W, 6, 4>;
+template <class A, class W> using Wide = Widened<V, A, W, 6, 4, 640>;
+
+double burn(uint32_t, int64_t rounds) { return burn_macs<V, WeightF32<V>, 1>(rounds); }
+} // namespace
+
+const ft::Tiles ft::avx512_tiles = {
+    {{Kernel<WeightF32<V>>::kernel, Kernel<WeightBf16<V>>::kernel, Kernel<WeightF16<V>>::kernel},
+     {{}, Wide<Bf16Activations<V>, WeightBf16<V>>::kernel, {}},
+     {{}, {}, Wide<F16Activations<V>, WeightF16<V>>::kernel}},
+    burn,
+};
+#endif

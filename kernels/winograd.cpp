@@ -1,0 +1,163 @@
+// 3x3 convolution with 16 products where the direct form has 36: Winograd's F(2x2, 3x3).
+//
+// Lavin & Gray 2016.  Pixels are transformed once per band of tile rows, weights once per panel of
+// outputs and job, so that neither is ever stored in a larger form than the file's.  For each of the
+// 16 positions a tile is one pixel of a matrix product, on the same kernels as everything else.
+#include "internal.h"
+
+namespace ft {
+namespace {
+
+constexpr int POSITIONS = 16;
+constexpr int64_t BAND_BYTES = 8 << 20; // of transformed pixels: in the last-level cache
+constexpr int64_t GROUP = 48;           // tiles whose sums wait for their output transform
+// The 16 positions lie so far apart that they do not fall into the same few lines of a cache.
+constexpr int64_t SKEW = 64;
+constexpr int64_t SUM_POSITION = GROUP * TILE + SKEW / int64_t(sizeof(float)); // floats
+constexpr int64_t JOB_TILES = 256;      // about: what a panel's transformed weights are spent on
+constexpr int64_t LEAST_TILES = 64, LEAST_CHANNELS = 64; // below, transforms cost what they save
+
+struct Plan {
+    int64_t channels, element; // padded; bytes
+    int64_t across, down;      // tiles
+    int64_t band_rows, bands;  // of tiles
+    int64_t blocks, panels;
+
+    int64_t tile() const { return channels * element; }
+    int64_t position() const { return GROUP * tile() + SKEW; } // of pixels, in bytes
+    int64_t group() const { return POSITIONS * position(); }
+    int64_t pixel_bytes() const { return (band_rows * across + GROUP - 1) / GROUP * group(); }
+    char *pixels(char *scratch, int64_t t) const { // of tile t of a band, at the first position
+        return scratch + t / GROUP * group() + t % GROUP * tile();
+    }
+    int64_t block() const { return channels * LANES * element; }
+    int64_t weight_position() const { return MAX_BLOCKS * block() + SKEW; }
+    int64_t weight_bytes() const { return POSITIONS * weight_position(); }
+    int64_t thread() const {
+        return weight_bytes() + (POSITIONS * SUM_POSITION + 4 * TILE) * int64_t(sizeof(float));
+    }
+};
+
+Plan make_plan(const ft_op &op) {
+    Plan plan;
+    plan.channels = padded(op.a.c);
+    plan.element = type_bytes(op.a.type);
+    plan.across = op.out.w / 2;
+    plan.down = op.out.h / 2;
+    const int64_t row = POSITIONS * plan.across * plan.channels * plan.element;
+    const int64_t rows = BAND_BYTES / row > 1 ? BAND_BYTES / row : 1;
+    plan.bands = (plan.down + rows - 1) / rows;
+    plan.band_rows = (plan.down + plan.bands - 1) / plan.bands; // as even as they go
+    plan.blocks = padded(op.out.c) / LANES;
+    plan.panels = (plan.blocks + MAX_BLOCKS - 1) / MAX_BLOCKS;
+    return plan;
+}
+
+struct Run {
+    const ft_op &op;
+    const Context &context;
+    const Plan plan;
+    const TileKernel kernel;
+
+    char *pixels() const { return context.arena + op.scratch; }
+    char *weights(int thread) const { return pixels() + plan.pixel_bytes() + thread * plan.thread(); }
+    float *sums(int thread) const {
+        return reinterpret_cast<float *>(weights(thread) + plan.weight_bytes());
+    }
+
+    void transform_pixels(int64_t band_row, int64_t y) const { // a row of tiles
+        for (int64_t x = 0; x < plan.across; x++)
+            context.kernels->winograd.input(
+                plan.pixels(pixels(), y * plan.across + x), plan.position(),
+                context.at(op.a, 2 * (band_row + y) - 1, 2 * x - 1), bytes_of_row(op.a),
+                bytes_of_pixel(op.a), op.a.type, int(plan.channels));
+    }
+
+    int blocks_of(int64_t panel) const {
+        const int64_t left = plan.blocks - panel * MAX_BLOCKS;
+        return int(left < MAX_BLOCKS ? left : MAX_BLOCKS);
+    }
+
+    void transform_weights(int64_t panel, char *u) const {
+        const int64_t tap = plan.channels * LANES * type_bytes(op.weight_type);
+        const char *w = context.weights + op.weight + panel * MAX_BLOCKS * 9 * tap;
+        for (int b = 0; b < blocks_of(panel); b++)
+            context.kernels->winograd.weights(u + b * plan.block(), plan.weight_position(), op.a.type,
+                                              w + b * 9 * tap, tap, op.weight_type,
+                                              plan.channels * LANES);
+    }
+
+    // Sums of tiles first .. first + count at one position.
+    void products(int64_t first, int64_t count, int position, int blocks, const char *u,
+                  float *m) const {
+        const int64_t tap = 0;
+        for (int b = 0; b < blocks; b += kernel.blocks)
+            for (int64_t t = 0; t < count; t += kernel.rows) {
+                const char *row[MAX_ROWS];
+                const int rows = int(count - t < kernel.rows ? count - t : kernel.rows);
+                for (int r = 0; r < rows; r++)
+                    row[r] = plan.pixels(pixels(), first + t + r) + position * plan.position();
+                kernel.run({row, &tap, 1, int32_t(plan.channels),
+                            u + position * plan.weight_position() + b * plan.block(), plan.block(), rows,
+                            blocks - b < kernel.blocks ? blocks - b : kernel.blocks, 0, TILE,
+                            m + position * SUM_POSITION + t * TILE + b * LANES});
+            }
+    }
+
+    void job(int64_t band_row, int64_t first, int64_t last, int64_t panel, int thread) const {
+        const int blocks = blocks_of(panel);
+        char *u = weights(thread);
+        float *m = sums(thread), *out = m + POSITIONS * SUM_POSITION;
+        transform_weights(panel, u);
+        for (int64_t start = first; start < last; start += GROUP) {
+            const int64_t count = last - start < GROUP ? last - start : GROUP;
+            for (int p = 0; p < POSITIONS; p++) products(start, count, p, blocks, u, m);
+            for (int64_t t = 0; t < count; t++) {
+                const int64_t y = 2 * (band_row + (start + t) / plan.across);
+                const int64_t x = 2 * ((start + t) % plan.across);
+                context.kernels->winograd.output(out, m + t * TILE, SUM_POSITION, blocks * LANES);
+                for (int i = 0; i < 4; i++)
+                    finish_pixel(op, context, out + i * TILE, panel * MAX_BLOCKS, blocks, y + i / 2,
+                                 x + i % 2);
+            }
+        }
+    }
+
+    void band(int64_t band_row) const {
+        const int64_t rows =
+            plan.down - band_row < plan.band_rows ? plan.down - band_row : plan.band_rows;
+        const int64_t tiles = rows * plan.across;
+        context.pool->each(rows, [&](int64_t y, int) { transform_pixels(band_row, y); });
+        int64_t chunks = (tiles + JOB_TILES - 1) / JOB_TILES;
+        while (plan.panels * chunks < 4 * context.pool->threads() && tiles / (2 * chunks) >= GROUP)
+            chunks *= 2; // few panels: work for every thread all the same
+        context.pool->each(plan.panels * chunks, [&](int64_t i, int thread) {
+            const int64_t chunk = i % chunks;
+            job(band_row, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, i / chunks, thread);
+        });
+    }
+};
+
+} // namespace
+
+bool winograd_fits(const ft_op &op) {
+    const bool types = (op.a.type == FT_BF16 && op.weight_type == FT_BF16) ||
+                       (op.a.type == FT_F32 && op.weight_type != FT_BF16);
+    return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&
+           !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
+           int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES && op.a.c >= LEAST_CHANNELS &&
+           op.out.c >= LEAST_CHANNELS;
+}
+
+uint64_t winograd_scratch(const ft_op &op, const Kernels &, int threads) {
+    const Plan plan = make_plan(op);
+    return plan.pixel_bytes() + plan.thread() * threads;
+}
+
+void winograd_run(const ft_op &op, const Context &context) {
+    const Run run{op, context, make_plan(op), context.kernels->tile[op.a.type][op.a.type]};
+    if (op.out.border) zero_border(op.out, context);
+    for (int64_t row = 0; row < run.plan.down; row += run.plan.band_rows) run.band(row);
+}
+
+} // namespace ft

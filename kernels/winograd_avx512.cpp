@@ -1,0 +1,11 @@
+// The transforms of F(2x2, 3x3) with AVX-512.
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+#include "simd_avx512.h"
+
+#include "winograd_vector.h"
+
+const ft::WinogradKernels ft::avx512_winograd = winograd_kernels<avx512::V>();
+#endif
