@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -30,7 +32,8 @@ MAX_SEED = 2**64 - 1
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "tcd", "unipc")
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
 RNGS = ("torch", "numpy", "pcg64")
-TARGETS = ("onnx", "coreml", "tensorrt")
+TARGETS = ("onnx", "native", "coreml", "tensorrt")
+ACTIVATIONS = ("fp32", "fp16", "bf16")
 DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 STRENGTH = "How much of the picture to change, 0 to 1.  [default: 0.6]"
@@ -125,6 +128,24 @@ sampler_options = [
 ]
 
 
+def isa() -> str | None:
+    """The instruction set that FERROTYPE_ISA asks the native engine for; None: the best."""
+    name = os.environ.get("FERROTYPE_ISA")
+    if not name:
+        return None
+    from . import kernels
+
+    if kernels.available() and name not in kernels.isas():
+        known = f"it runs {', '.join(kernels.isas())}"
+        if name in kernels.isas(supported=False):
+            raise click.UsageError(f"FERROTYPE_ISA={name}: this machine has it not; {known}")
+        raise click.UsageError(
+            f"FERROTYPE_ISA={printable(name)} is no instruction set that this build knows; on this "
+            f"machine {known}"
+        )
+    return name
+
+
 def with_options(options: Sequence[Any]) -> Any:
     """Apply several options to a command, shown in the order given."""
 
@@ -143,8 +164,8 @@ def with_options(options: Sequence[Any]) -> Any:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=BUNDLE, help="Default: the checkpoint's name with .ferro.")
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True)
-@click.option("--weights", metavar="FORM", help="fp16, fp32, w8, p6 ..., or a recipe's file.")
-@click.option("--activations", type=click.Choice(["fp32", "fp16"]), help="What it computes in.")
+@click.option("--weights", metavar="FORM", help="fp16, bf16, w8, p6 ..., or a recipe's file.")
+@click.option("--activations", type=click.Choice(ACTIVATIONS), help="What it computes in.")
 @click.option(
     "--size", "sizes", type=Size(), multiple=True, help="Draw only this; may be repeated."
 )
@@ -168,16 +189,18 @@ def convert(
     """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
 
     Every component is compared with the original after it was written, and so is a picture; below
-    the floor nothing is kept.  Core ML and TensorRT compute in fp16 if not told otherwise; their
-    packages and graphs are checked here, without the device, and `verify --on-device` checks there.
+    the floor nothing is kept.  The native target, our own engine for CPUs, computes in bf16 if not
+    told otherwise, ONNX in fp32, Core ML and TensorRT in fp16; packages and graphs for the last two
+    are checked here, without the device, and `verify --on-device` checks there.
 
     \b
     Example:
         ferrotype convert stable-diffusion-v1-5/ -o sd15.ferro
+        ferrotype convert stable-diffusion-v1-5/ --target native --weights fp16
         ferrotype convert stable-diffusion-v1-5/ --target coreml --weights p6 --chunks 2
         ferrotype convert stable-diffusion-v1-5/ --target tensorrt --compute-capability 8.9
     """
-    from .convert import CoremlOptions, TensorrtOptions, stages
+    from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
 
     coreml = {
@@ -189,8 +212,10 @@ def convert(
     }  # fmt: skip
     check_only_for("coreml", target, coreml)
     check_only_for("tensorrt", target, tensorrt)
-    options: CoremlOptions | TensorrtOptions | None = None
-    if target == "coreml":
+    options: CoremlOptions | NativeOptions | TensorrtOptions | None = None
+    if target == "native":
+        options = NativeOptions(isa())
+    elif target == "coreml":
         options = CoremlOptions(**given(coreml))
     elif target == "tensorrt":
         chosen = given(tensorrt)
@@ -199,11 +224,15 @@ def convert(
             chosen["capabilities"] = tuple(part.strip() for part in text.split(","))
         options = TensorrtOptions(**chosen)
     output = output or Path(f"{checkpoint.resolve().name}.ferro")
-    with Progress("convert", stages()) as progress:
-        bundle = convert_checkpoint(
-            checkpoint, output, target, read_weights(weights), activations, sizes, options,
-            name, licence, force, progress.stage,
-        )  # fmt: skip
+    encoders = 2 if (checkpoint / "text_encoder_2").is_dir() else 1
+    with Progress("convert", stages(encoders)) as progress:
+        try:
+            bundle = convert_checkpoint(
+                checkpoint, output, target, read_weights(weights), activations, sizes, options,
+                name, licence, force, progress.stage,
+            )  # fmt: skip
+        except OptionError as error:
+            raise click.UsageError(printable(str(error))) from error
     if as_json:
         click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
         return
@@ -284,7 +313,7 @@ def generate(
     jobs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
     paths = output_paths(output, jobs)
     with usage():
-        pipe = Pipeline.load(bundle, threads)
+        pipe = Pipeline.load(bundle, threads, isa=isa())
         # Arguments are checked here; nothing is loaded before the first step is asked for.
         runs = [pipe.steps(prompt, seed=one, **chosen) for prompt, one in jobs]
         recipe = pipe.recipe(steps, sampler, guidance, spacing)
@@ -413,9 +442,11 @@ def verify(bundle: Path | None, on_device: bool, as_json: bool) -> None:
     report = None
     if on_device and not problems:
         from .runtime import check
+        from .runtime.engines import open_engine
 
+        opener = functools.partial(open_engine, isa=isa())
         with Progress("on the device", len(opened.manifest.components) + 1) as progress:
-            report = check.compare(opened, progress=progress.stage)
+            report = check.compare(opened, opener, progress.stage)
         problems = list(check.problems(report))
     if as_json:
         found = {"sha256": opened.sha256, "problems": problems}
@@ -480,9 +511,9 @@ def device_memory(bundle: Bundle, component: str) -> dict[str, Any]:
 
 def open_bundle(path: Path | None) -> Bundle:
     from .bundle import load
-    from .runtime.pipeline import EMBEDDED
+    from .runtime.pipeline import embedded
 
-    return load(path or EMBEDDED)
+    return load(path or embedded())
 
 
 class Progress:

@@ -19,6 +19,10 @@ FLOORS = {
     ("fp32", "fp32"): {"component": 80.0, "picture": 45.0},
     ("fp16", "fp32"): {"component": 50.0, "picture": 40.0},
     ("fp16", "fp16"): {"component": 40.0, "picture": 35.0},
+    # bfloat16 has 8 bits of precision where fp16 has 11; 10 dB or more below the lowest that random
+    # and trained models reached.
+    ("bf16", "fp32"): {"component": 45.0, "picture": 37.0},
+    ("bf16", "bf16"): {"component": 40.0, "picture": 32.0},
     # Weights quantized to so many bits at the least, whatever the rest computes in; a few dB
     # below the lowest that random and trained models reached (benchmarks/results/coreml.md).
     ("8-bit", "fp32"): {"component": 45.0, "picture": 35.0},

@@ -25,7 +25,7 @@ from PIL import Image
 from ferrotype.benchmarks import measure
 from ferrotype.benchmarks.checkpoints import EMOJI
 from ferrotype.parity import psnr
-from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
+from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline
 
 PINS = (
     "torch==2.13.0",
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         python = environment((chosen.env or folder / "env").absolute())
-        bundles = {"emoji.ferro": EMBEDDED, **convert(chosen.checkpoint, folder)}
+        bundles = {"emoji-onnx.ferro": EMBEDDED_ONNX, **convert(chosen.checkpoint, folder)}
         rows, versions, passed = compare(python, bundles, folder)
     report = "\n".join([*head(versions), *rows, ""])
     print(report)

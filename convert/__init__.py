@@ -8,16 +8,38 @@ from typing import TYPE_CHECKING
 
 from ..bundle import Precision
 from ..quantize.recipe import Recipe
-from .checkpoint import ConvertError
-from .options import CoremlOptions, TensorrtOptions
+from .checkpoint import ConvertError, OptionError
+from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-__all__ = ["TARGETS", "ConvertError", "CoremlOptions", "TensorrtOptions", "convert", "stages"]
+__all__ = [
+    "TARGETS",
+    "ConvertError",
+    "CoremlOptions",
+    "NativeOptions",
+    "OptionError",
+    "TensorrtOptions",
+    "convert",
+    "stages",
+]
 
 # What each target stores weights in and computes in when it is not told.
-TARGETS = {"onnx": ("fp16", "fp32"), "coreml": ("fp16", "fp16"), "tensorrt": ("fp16", "fp16")}
+TARGETS = {
+    "onnx": ("fp16", "fp32"),
+    "native": ("bf16", "bf16"),
+    "coreml": ("fp16", "fp16"),
+    "tensorrt": ("fp16", "fp16"),
+}
+# Weights and activations that the native engine has kernels for.
+NATIVE = (
+    ("bf16", "bf16"),
+    ("bf16", "fp32"),
+    ("fp32", "fp32"),
+    ("fp16", "fp16"),
+    ("fp16", "fp32"),
+)
 FORMS = {  # what each can, for the message
     "onnx": "fp32 or fp16",
     "coreml": "fp32, fp16, p8, p6, p4, p2, w8, w4 and their kin, or a recipe's file",
@@ -32,7 +54,7 @@ def convert(
     weights: str | Recipe | None = None,
     activations: str | None = None,
     sizes: Sequence[tuple[int, int]] = (),
-    options: CoremlOptions | TensorrtOptions | None = None,
+    options: Options | None = None,
     name: str | None = None,
     licence: str | None = None,
     force: bool = False,
@@ -41,11 +63,12 @@ def convert(
     """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
 
     `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
-    networks compute in, fp16 or fp32.  `sizes`, (width, height) each, are the only ones that can be
-    drawn, the first by default; without any, ONNX takes every multiple of 8 and the others the
-    checkpoint's own.  `options` are the target's.  `name` and `licence` are those of the
-    checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
-    it begins, `stages()` in all.
+    networks compute in, fp16 or fp32, or bf16 with the native target.  `sizes`, (width, height)
+    each, are the only ones that can be drawn, the first by default; without any, ONNX takes every
+    multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
+    own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
+    model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
+    all.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
@@ -72,6 +95,8 @@ def _precision(
     target: str, weights: str | Recipe | None, activations: str | None
 ) -> tuple[Recipe, Precision]:
     """The recipe, and what the manifest says of it."""
+    if target == "native":
+        return _native_precision(weights, activations)
     stored, computed = TARGETS[target]
     activations = activations or ("fp32" if weights == "fp32" else computed)
     try:
@@ -79,7 +104,7 @@ def _precision(
     except ValueError as error:
         raise ConvertError(f"weights for {target}: {FORMS[target]}; {error}") from None
     if activations not in ("fp32", "fp16"):
-        raise ConvertError(f"activations {activations!r} is not fp32 or fp16")
+        raise ConvertError(f"activations {activations!r}: {target} computes in fp32 or fp16")
     if target == "onnx" and (recipe.least_bits or recipe.rules):
         raise ConvertError(
             f"weights {recipe.default}: an ONNX bundle has {FORMS['onnx']}; "
@@ -94,10 +119,31 @@ def _precision(
     return recipe, Precision(named, activations)
 
 
-def _options(
-    target: str, options: CoremlOptions | TensorrtOptions | None
-) -> CoremlOptions | TensorrtOptions | None:
-    kinds: dict[str, type] = {"coreml": CoremlOptions, "tensorrt": TensorrtOptions}
+def _native_precision(
+    weights: str | Recipe | None, activations: str | None
+) -> tuple[Recipe, Precision]:
+    """One of NATIVE; what is not told is as what is, so that nothing is lost between them."""
+    if isinstance(weights, Recipe):
+        raise OptionError("the native target reads no recipe: weights are fp32, bf16 or fp16")
+    stored, computed = TARGETS["native"]
+    if weights is None:
+        weights = activations if activations in ("bf16", "fp16") else stored
+    pair = weights, activations or (weights if weights in dict(NATIVE) else computed)
+    if pair not in NATIVE:
+        known = ", ".join(f"{w} with {a}" for w, a in NATIVE)
+        raise OptionError(
+            f"weights {pair[0]} with activations {pair[1]}: the native target has {known}"
+        )
+    # A recipe cannot say bf16, and nothing reads this one: what is stored is in the precision.
+    return Recipe.uniform("fp32"), Precision(*pair)
+
+
+def _options(target: str, options: Options | None) -> Options | None:
+    kinds: dict[str, type] = {
+        "native": NativeOptions,
+        "coreml": CoremlOptions,
+        "tensorrt": TensorrtOptions,
+    }
     kind = kinds.get(target)
     if options is not None and type(options) is not kind:
         raise ConvertError(f"{type(options).__name__} are not for the target {target}")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+import torch.nn.functional as F
 
+from ..bundle import Bundle
+from ..kernels import Act
 from ..parity import psnr
+from ..runtime.program import Node
+from . import native
 from .wrappers import wrap
 
 ROUNDING = 100.0  # dB; how far above this a layer is says nothing about damage
 REAL = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+ACTIVATIONS: dict[Act, Callable[[torch.Tensor], torch.Tensor]] = {
+    Act.NONE: lambda x: x,
+    Act.SILU: F.silu,
+    Act.GELU: F.gelu,
+    Act.QUICK_GELU: lambda x: x * torch.sigmoid(1.702 * x),
+    Act.RELU: F.relu,
+    Act.TANH3: lambda x: 3 * torch.tanh(x / 3),
+}
 
 
 def blame(
@@ -33,6 +48,53 @@ def worst(
 ) -> tuple[str, float]:
     """The layer of a graph that loses most, and its PSNR."""
     return worst_of(blame(component, module, folder, inputs))
+
+
+def native_worst(
+    component: str, module: torch.nn.Module, bundle: Bundle, inputs: dict[str, np.ndarray]
+) -> tuple[str, float]:
+    """The layer of the native engine that loses most, and its PSNR.
+
+    The residual that an op adds is taken from the engine: what is compared is its own product.
+    """
+    expected = {_bare(n): v for n, v in torch_outputs(component, module, inputs).items()}
+    layers = []
+    for node, found, residual, added in native.run_ops(bundle, component, inputs):
+        names = [s.removesuffix(".weight") for s in node.weight.sources] if node.weight else []
+        outputs = [expected[_bare(name)] for name in names if _bare(name) in expected]
+        if not outputs or len(outputs) < len(names):  # it has no weights, or they are a table
+            continue
+        joined = np.concatenate([_by_pixel(o, len(found)) for o in outputs], axis=-1)
+        whole = _finished(node, torch.from_numpy(joined), residual, added)
+        layers.append((names[0], psnr(whole.numpy(), found)))
+    return worst_of(layers)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def _by_pixel(output: np.ndarray, pixels: int) -> np.ndarray:
+    """What a layer of torch returned as (pixels, channels)."""
+    channels_last = output.ndim < 3 or (output.ndim == 3 and output.shape[1] == pixels)
+    rows = output if channels_last else np.moveaxis(output, 1, -1)
+    return rows.reshape(pixels, -1)
+
+
+def _finished(
+    node: Node, x: torch.Tensor, residual: np.ndarray | None, added: np.ndarray | None
+) -> torch.Tensor:
+    """A layer's output with what the engine's op does to it at once."""
+    act = ACTIVATIONS[node.act]
+    if node.settings.get("geglu"):
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    if added is not None:
+        x = x + torch.from_numpy(added)
+    if residual is None:
+        return act(x)
+    rest = torch.from_numpy(residual)
+    return act(x + rest) if node.settings.get("late") else act(x) + rest
 
 
 def worst_of(layers: list[tuple[str, float]]) -> tuple[str, float]:

@@ -27,11 +27,12 @@ from ..runtime.tokenizer import Tokenizer
 from . import modules, recipe, reference, tokenizer
 from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
 from .modules import NORM_INPUT
-from .options import CoremlOptions, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 from .reference import PROMPT, SEED, Reference, Run
 from .targets import (
     Census,
     CoremlTarget,
+    NativeTarget,
     OnnxTarget,
     Target,
     Task,
@@ -48,7 +49,7 @@ WORST_LAYERS = 3  # of a component's census, named in the report
 def build(
     folder: str | os.PathLike,
     out: str | os.PathLike,
-    options: CoremlOptions | TensorrtOptions | None,
+    options: Options | None,
     weights: Weights,
     precision: Precision,
     sizes: tuple[Size, ...],
@@ -80,7 +81,7 @@ class _Job:
         self,
         checkpoint: Checkpoint,
         staged: Path,
-        options: CoremlOptions | TensorrtOptions | None,
+        options: Options | None,
         weights: Weights,
         precision: Precision,
         sizes: tuple[Size, ...],
@@ -88,7 +89,7 @@ class _Job:
     ) -> None:
         self.floors = floors(weights, precision)
         try:
-            self.sizes = _sizes(checkpoint, sizes, fixed=options is not None)
+            self.sizes = _sizes(checkpoint, sizes, options)
         except ValueError as error:
             raise ConvertError(str(error)) from None
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
@@ -97,7 +98,9 @@ class _Job:
         scale = checkpoint.vae_scale
         latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
         guided = self.recipe.guidance not in (0, 1)
-        task = Task(checkpoint, precision, weights, latents or None, guided)
+        width, height = self.sizes.default
+        default = (width // scale, height // scale)
+        task = Task(checkpoint, precision, weights, latents or None, guided, default)
         self.target = _target(options, task)
         shortened = dataclasses.replace(
             self.recipe, steps=min(self.recipe.steps, reference.MAX_STEPS)
@@ -198,7 +201,7 @@ class _Job:
                     f"the original returns {nan} NaN and {inf} Inf in {name}, layer {layer}: "
                     "the checkpoint is damaged"
                 )
-        if self.precision.activations == "fp32":
+        if self.precision.activations != "fp16":  # bf16 reaches as far as fp32
             return False
         layer, (largest, _, _) = max(census.items(), key=lambda item: item[1][0])
         if largest < parity.FP16_MAX:
@@ -282,8 +285,7 @@ class _Job:
     def _blame(self, bundle: Bundle, name: str, run: Run) -> str:
         """Which layer lost it, found by running the original once more beside what was written."""
         make = modules.vae if name in VAE_PARTS else getattr(modules, name)
-        layer, found = self.target.worst_layer(bundle, name, make(self.checkpoint), run.inputs)
-        return f"; it is lost in layer {layer} ({found:.1f} dB)"
+        return self.target.blame(bundle, name, make(self.checkpoint), run.inputs)
 
     def _check_picture(self, bundle: Bundle) -> dict[str, float]:
         self.progress("check the picture")
@@ -296,31 +298,38 @@ class _Job:
         return {"psnr": round(found, 2), "max_error": float(f"{difference:.3g}")}
 
 
-def _target(options: CoremlOptions | TensorrtOptions | None, task: Task) -> Target:
+def _target(options: Options | None, task: Task) -> Target:
     match options:
         case CoremlOptions():
             return CoremlTarget(task, options)
         case TensorrtOptions():
             return TensorrtTarget(task, options)
+        case NativeOptions():
+            return NativeTarget(task, options)
         case _:
             return OnnxTarget(task)
 
 
-def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], fixed: bool) -> Sizes:
+def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None) -> Sizes:
     """The sizes that the networks will take: those given, or one if they must be fixed, or any."""
-    scale = checkpoint.vae_scale
-    for width, height in sizes:
-        for side in (width, height):
-            if side % scale or side < scale:
-                raise ValueError(f"size {width}x{height}: {side} is no multiple of {scale}")
+    scale, levels = checkpoint.vae_scale, len(checkpoint.configs["unet"]["down_block_types"])
+    native = isinstance(options, NativeOptions)
+    # The native U-Net doubles what it halved, so that no half may be odd.
+    multiple = scale * 2 ** (levels - 1) if native else scale
     side = checkpoint.configs["unet"].get("sample_size", 64)
-    default = tuple(scale * s for s in (side if isinstance(side, list) else (side, side)))
-    sizes = sizes or (((default[0], default[1]),) if fixed else ())
+    width, height = side if isinstance(side, list) else (side, side)
+    default = (scale * width, scale * height)
+    fixed = isinstance(options, CoremlOptions | TensorrtOptions)
+    for width, height in sizes or (default,):
+        for side in (width, height):
+            if side % multiple or side < multiple:
+                raise ValueError(f"size {width}x{height}: {side} is no multiple of {multiple}")
+    sizes = sizes or ((default,) if fixed else ())
     if sizes:
         sides = [side for size in sizes for side in size]
-        return Sizes(sizes[0], scale, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
-    least = min(scale * 2 ** len(checkpoint.configs["unet"]["down_block_types"]), *default)
-    return Sizes((default[0], default[1]), scale, least, max(2048, *default))
+        return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
+    least = min(scale * 2**levels, *default)
+    return Sizes(default, multiple, least, max(2048, *default))
 
 
 def _of_component(name: str, census: dict) -> Census:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +45,16 @@ UNUSED_BY_UNET = {  # config field -> the only value that the exported graph com
     "dual_cross_attention": False,
     "center_input_sample": False,
 }
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 UNUSED_BY_VAE = {"latents_mean": None, "latents_std": None, "shift_factor": None}
 
 
 class ConvertError(FerrotypeError):
     """The checkpoint or an option does not work; the message says what to do."""
+
+
+class OptionError(ConvertError):
+    """Options that do not go together."""
 
 
 class CheckpointError(ConvertError):
@@ -140,20 +145,57 @@ def check_unet(config: dict) -> None:
 
 def tensors(checkpoint: Checkpoint, component: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, array) one at a time, floats as float32; NaN or Inf raises CheckpointError."""
-    for path in checkpoint.weights[component]:
-        header, start = read_header(path)
-        data = np.memmap(path, np.uint8, "r")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = (start + offset for offset in entry["data_offsets"])
-            raw = data[first:last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            array = _to_float32(np.asarray(raw), entry["dtype"])
-            if not np.isfinite(array).all():
-                bad = int(array.size - np.isfinite(array).sum())
-                raise CheckpointError(
-                    f"{path}: {name} has {bad:,} NaN or Inf of {array.size:,} values; "
-                    "the checkpoint is damaged, fetch it again"
-                )
-            yield name, array
+    yield from Tensors(checkpoint, component).items()
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """A component's tensors by name, in the order of the files; each is read when asked for.
+
+    Floats come as float32.  Raises CheckpointError for NaN or Inf.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, component: str) -> None:
+        self._where: dict[str, tuple[Path, int, dict]] = {}
+        for path in checkpoint.weights[component]:
+            header, start = read_header(path)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{name} is both in {self._where[name][0]} and in {path.name}; "
+                        "the shards do not belong together"
+                    )
+                self._where[name] = path, start + entry["data_offsets"][0], entry
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path, offset, entry = self._where[name]
+        shape = tuple(entry["shape"])
+        # mapped anew for each, so that pages of one do not stay while the next is read
+        raw = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, shape)
+        array = _to_float32(np.asarray(raw), entry["dtype"])
+        finite = np.isfinite(array)
+        if not finite.all():
+            bad = int(array.size - finite.sum())
+            raise CheckpointError(
+                f"{path}: {name} has {bad:,} NaN or Inf of {array.size:,} values; "
+                "the checkpoint is damaged, fetch it again"
+            )
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._where[name][2]["shape"])
+
+
+def new_attention_name(name: str) -> str:
+    """Today's name of a tensor of an autoencoder; until 2022 its attention had others."""
+    *path, layer, kind = name.split(".")
+    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], int]:
@@ -307,7 +349,9 @@ def _check_entries(header: dict, data_bytes: int) -> None:
 
 def _to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":  # the upper half of a float32
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return np.array(raw, np.float32 if dtype.startswith("F") else None)
 
 

@@ -30,7 +30,8 @@ from .coremltools_fixes import coremltools, validated_once
 from .mlprogram import Program
 from .modules import quiet, uncollected
 from .options import CoremlOptions
-from .wrappers import to_half, wrap
+from .rounding import to_half
+from .wrappers import wrap
 
 PACKAGES = {
     "text_encoder": "TextEncoder",

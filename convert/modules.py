@@ -14,12 +14,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, tensors
+from .checkpoint import Checkpoint, CheckpointError, new_attention_name, tensors
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 NORM_INPUT = " (input)"  # added to the name of a norm for what goes into it
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -45,7 +44,7 @@ def unet(checkpoint: Checkpoint) -> torch.nn.Module:
 
 def vae(checkpoint: Checkpoint) -> torch.nn.Module:
     """Build the autoencoder."""
-    return _fill(_diffusers_module(checkpoint, "vae"), checkpoint, "vae", _new_attention_name)
+    return _fill(_diffusers_module(checkpoint, "vae"), checkpoint, "vae", new_attention_name)
 
 
 @contextmanager
@@ -195,8 +194,3 @@ def _set_positions(module: torch.nn.Module, name: str, count: int) -> None:
 def _clip_name(prefixed: bool) -> Callable[[str], str]:
     prefix = "text_model." if prefixed else ""
     return lambda name: prefix + name.removeprefix("text_model.")
-
-
-def _new_attention_name(name: str) -> str:
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])

@@ -17,7 +17,8 @@ import torch
 from ..bundle import TEXT_ENCODERS, TIME_IDS
 from .checkpoint import ConvertError
 from .modules import quiet
-from .wrappers import to_half, wrap
+from .rounding import to_half
+from .wrappers import wrap
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 # Any values do, as long as they differ: equal sizes would be taken for the same dimension.

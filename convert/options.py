@@ -65,6 +65,19 @@ class TensorrtOptions:
     weight_streaming: bool = False
 
 
+@dataclass(frozen=True)
+class NativeOptions:
+    """How the bundle is checked here: with `isa`, an instruction set by name, or the best one.
+
+    What is written is the same for all.
+    """
+
+    isa: str | None = None
+
+
+Options = CoremlOptions | TensorrtOptions | NativeOptions
+
+
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConvertError(f"{name} {value!r} is not one of {', '.join(known)}")

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import parity
+from .. import kernels, parity
 from ..bundle import Bundle, Component, Precision, Tensor
 from ..quantize.recipe import Recipe, RecipeError
+from ..runtime import models
 from ..runtime.engines import Arrays, Engine
 from ..runtime.engines.coreml import CoremlEngine
+from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
-from . import onnx
-from .blame import worst
+from . import native, onnx
+from .blame import native_worst, worst
 from .checkpoint import Checkpoint, ConvertError
 from .modules import NORM_INPUT
-from .options import CoremlOptions, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, TensorrtOptions
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -30,7 +32,8 @@ Census = dict[str, tuple[float, int, int]]
 class Task:
     """What every component of a conversion shares.
 
-    `sizes` are those of the latents, the default first; None leaves them open.
+    `sizes` are those of the latents, the default first; None leaves them open, and then `default`
+    is the one that is drawn if none is asked for.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +41,7 @@ class Task:
     recipe: Recipe
     sizes: tuple[Size, ...] | None
     guided: bool  # whether a step takes two passes
+    default: Size
 
     @property
     def tokens(self) -> int:
@@ -59,10 +63,8 @@ class Target(Protocol):
     def open(self, bundle: Bundle, name: str) -> Engine:
         """What runs a written component on this machine, from the bundle's files alone."""
 
-    def worst_layer(
-        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
-    ) -> tuple[str, float]:
-        """The layer where most is lost, and its PSNR."""
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        """Where most is lost of a component that is below its floor: the rest of that sentence."""
 
     def options(self) -> dict[str, str]:
         """What the target was told, for the manifest."""
@@ -100,10 +102,48 @@ class OnnxTarget:
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)
 
-    def worst_layer(
-        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
-    ) -> tuple[str, float]:
-        return worst(name, module, bundle.path(name), inputs)
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        return _lost_in(*worst(name, module, bundle.path(name), inputs))
+
+    def options(self) -> dict[str, str]:
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        return {"fp16_underflow": self.underflow.total()}
+
+
+class NativeTarget:
+    """Weights packed for our own engine, checked by running it."""
+
+    name = "native"
+    overflow_is_kept_in_fp32 = False
+
+    def __init__(self, task: Task, options: NativeOptions) -> None:
+        kernels.library()  # without the engine nothing could be checked: said before hours pass
+        self.task, self.chosen = task, options
+        self.underflow: Counter[str] = Counter()
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        task = self.task
+        size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
+        taken, outputs = onnx.interface(name, module, size)  # float32 whatever it computes in
+        requests = models.weights(name, config, outputs)
+        lost = native.write(task.checkpoint, name, requests, folder, task.precision.weights)
+        self.underflow.update(lost)
+        scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
+        width, height = task.default
+        shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
+        memory = native.memory(name, config, outputs, shapes, task.precision)
+        arrays = _single(tensors(taken)), _single(tensors(outputs))
+        return Component(folder.name, config, *arrays, memory=memory)
+
+    def open(self, bundle: Bundle, name: str) -> Engine:
+        return NativeEngine(bundle, name, isa=self.chosen.isa)
+
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        return _lost_in(*native_worst(name, module, bundle, inputs))
 
     def options(self) -> dict[str, str]:
         return {}
@@ -159,12 +199,10 @@ class CoremlTarget:
 
         return CoremlEngine(bundle, name, open_part)
 
-    def worst_layer(
-        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
-    ) -> tuple[str, float]:
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
         from .coreml import worst_layer
 
-        return worst_layer(bundle, name, module, inputs)
+        return _lost_in(*worst_layer(bundle, name, module, inputs))
 
     def options(self) -> dict[str, str]:
         from .coremltools_fixes import coremltools
@@ -238,10 +276,8 @@ class TensorrtTarget:
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)
 
-    def worst_layer(
-        self, bundle: Bundle, name: str, module: Any, inputs: Arrays
-    ) -> tuple[str, float]:
-        return worst(name, module, bundle.path(name), inputs)
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        return _lost_in(*worst(name, module, bundle.path(name), inputs))
 
     def options(self) -> dict[str, str]:
         builders = {built.builder for every in self.built.values() for built in every}
@@ -274,6 +310,10 @@ class TensorrtTarget:
         }
 
 
+def _lost_in(layer: str, psnr: float) -> str:
+    return f"; it is lost in layer {layer} ({psnr:.1f} dB)"
+
+
 def _spans(sizes: tuple[Size, ...], scale: int) -> dict[str, tuple[int, int, int]] | None:
     """Least, usual and most of height and width, where there are several sizes."""
     if len(sizes) < 2:
@@ -303,6 +343,14 @@ def needs(package: str, extra: str) -> ConvertError:
 def tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     """The manifest's form of an export's interface."""
     return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
+
+
+def _single(interface: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The interface of an engine that takes one picture at a time."""
+    return {
+        name: Tensor(t.dtype, tuple(1 if n == "batch" else n for n in t.shape))
+        for name, t in interface.items()
+    }
 
 
 def floors(recipe: Recipe, precision: Precision) -> dict[str, float]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .attention import original
-from .checkpoint import ConvertError, check_unet
+from .checkpoint import check_unet
 from .modules import quiet
+from .rounding import to_half
 
 MASKED = -1e4  # finite in float16, and exp() of it is 0
 
@@ -47,19 +47,6 @@ def wrap(
         "vae_encoder": VaeEncoder,
     }
     return kinds[component](twin).eval()
-
-
-def to_half(name: str, array: np.ndarray, lost: dict[str, int]) -> np.ndarray:
-    """Round to float16; what becomes Inf is an error, what becomes 0 is counted in `lost`."""
-    with np.errstate(over="ignore", under="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ConvertError(
-            f"{name} reaches {np.abs(array).max():.4g}, float16 ends at 65504; use weights fp32"
-        )
-    if zeros := int(((half == 0) & (array != 0)).sum()):
-        lost[name] = zeros
-    return half
 
 
 def _twin(module: torch.nn.Module, half: bool, lost: dict[str, int]) -> torch.nn.Module:

@@ -126,9 +126,7 @@ class Program:
         self.arena_bytes, self.weight_bytes = arena_bytes, weight_bytes
         self.isa = self._library.ft_program_isa(self._handle).decode()
 
-    def run(
-        self, arena: np.ndarray, weights: np.ndarray, times: np.ndarray | None = None
-    ) -> None:
+    def run(self, arena: np.ndarray, weights: np.ndarray, times: np.ndarray | None = None) -> None:
         """Run every op; `times`, uint64 by op, receives nanoseconds."""
         for name, array, size in (
             ("arena", arena, self.arena_bytes),
@@ -157,7 +155,7 @@ def aligned(size: int) -> np.ndarray:
 
 def isas(supported: bool = True) -> list[str]:
     """Instruction sets that this build has, fastest first: those that run here, or all."""
-    names = []
+    names: list[str] = []
     while name := library().ft_isa_name(len(names)):
         names.append(name.decode())
     return [n for i, n in enumerate(names) if not supported or library().ft_isa_supported(i)]

@@ -17,9 +17,7 @@ struct alignas(64) Config { // as LDTILECFG reads it
 
 #ifndef FERROTYPE_EMULATE_AMX
 
-inline void configure(const Config &config) {
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
-}
+inline void configure(const Config &config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 
 template <int T> inline void zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(T)); }
 

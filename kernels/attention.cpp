@@ -1,4 +1,5 @@
-// Attention with an online softmax: scores exist for a block of queries by a block of keys at a time.
+// Attention with an online softmax: scores exist for a block of queries by a block of keys at a
+// time.
 //
 // Keys and values of each head are first packed like weights, so that both products run on the same
 // tiles as every matrix product.  Milakov & Gimelshein 2018; Dao et al. 2022.
@@ -14,9 +15,9 @@ constexpr int64_t QUERIES = 48; // about; a multiple of the tile's rows
 constexpr float LOG2E = 1.44269504f;
 
 struct Plan {
-    int64_t size;       // channels of a head
-    int64_t k;          // the same, padded for the products over it
-    int64_t blocks;     // of values: the same in blocks of LANES
+    int64_t size;   // channels of a head
+    int64_t k;      // the same, padded for the products over it
+    int64_t blocks; // of values: the same in blocks of LANES
     int64_t queries, keys, keys_padded;
     int64_t query_rows, query_blocks;
     int type_bytes;
@@ -91,10 +92,12 @@ struct Run {
         T *out = reinterpret_cast<T *>(keys_of(head)) + block * plan.k * LANES;
         memset(out, 0, plan.k * LANES * sizeof(T));
         for (int64_t n = 0; n < LANES && block * LANES + n < plan.keys; n++) {
-            const T *key = reinterpret_cast<const T *>(token(op.b, block * LANES + n)) + head * op.size;
+            const T *key =
+                reinterpret_cast<const T *>(token(op.b, block * LANES + n)) + head * op.size;
             T *lane = out + n * STEP;
             int64_t k = 0;
-            for (; k + STEP <= plan.size; k += STEP) memcpy(lane + k * LANES, key + k, STEP * sizeof(T));
+            for (; k + STEP <= plan.size; k += STEP)
+                memcpy(lane + k * LANES, key + k, STEP * sizeof(T));
             if (k < plan.size) lane[k * LANES] = key[k];
         }
     }
@@ -114,7 +117,8 @@ struct Run {
                 if (count < LANES || !rows[STEP - 1]) memset(out, 0, STEP * LANES * sizeof(T));
                 for (int i = 0; i < STEP; i++)
                     if (rows[i])
-                        for (int64_t n = 0; n < count; n++) out[n * STEP + i] = rows[i][b * LANES + n];
+                        for (int64_t n = 0; n < count; n++)
+                            out[n * STEP + i] = rows[i][b * LANES + n];
             }
         }
     }
@@ -129,15 +133,13 @@ struct Run {
             pack_keys<uint16_t, 1>(head, block);
             pack_values<uint16_t, 1>(head, block);
             break;
-        default:
-            pack_keys<float, 1>(head, block);
-            pack_values<float, 1>(head, block);
+        default: pack_keys<float, 1>(head, block); pack_values<float, 1>(head, block);
         }
     }
 
     // acc[row][n] (+)= a[row] . w[n], rows of `a` in a row of memory
-    void product(const char *a, int64_t a_row, const char *w, int64_t w_block, int64_t k, int64_t rows,
-                 int64_t blocks, float *acc, int64_t stride, bool add) const {
+    void product(const char *a, int64_t a_row, const char *w, int64_t w_block, int64_t k,
+                 int64_t rows, int64_t blocks, float *acc, int64_t stride, bool add) const {
         const int64_t tap = 0;
         for (int64_t b = 0; b < blocks; b += kernel.blocks)
             for (int64_t r = 0; r < rows; r += kernel.rows) {
@@ -152,8 +154,8 @@ struct Run {
 
     void attend(int64_t head, int64_t block, int thread) const {
         const int64_t first = block * plan.query_rows, size = plan.type_bytes;
-        const int64_t rows = plan.queries - first < plan.query_rows ? plan.queries - first
-                                                                    : plan.query_rows;
+        const int64_t rows =
+            plan.queries - first < plan.query_rows ? plan.queries - first : plan.query_rows;
         const int64_t width = plan.blocks * LANES;
         char *queries = thread_scratch(thread);
         float *scores = reinterpret_cast<float *>(queries + plan.packed_queries());
@@ -179,12 +181,14 @@ struct Run {
                 const float alpha = context.kernels->softmax(
                     {scores + r * KEYS, int(valid), int(here), op.scale * LOG2E, top + r, sum + r,
                      weights + r * KEYS * size, op.a.type});
-                if (key && alpha != 1) context.kernels->rescale(sums + r * width, alpha, int(width));
+                if (key && alpha != 1)
+                    context.kernels->rescale(sums + r * width, alpha, int(width));
             }
             product(weights, KEYS * size, values_of(head) + key * LANES * size,
                     plan.keys_padded * LANES * size, here, rows, plan.blocks, sums, width, key > 0);
         }
-        char *row = reinterpret_cast<char *>(top) + round_up(2 * plan.query_rows * sizeof(float), 64);
+        char *row =
+            reinterpret_cast<char *>(top) + round_up(2 * plan.query_rows * sizeof(float), 64);
         const int64_t spare = padded(op.out.c) - op.out.c;
         for (int64_t r = 0; r < rows; r++) {
             context.kernels->scaled(row, op.out.type, sums + r * width, 1 / sum[r], int(width));
@@ -200,9 +204,8 @@ void run(const ft_op &op, const Context &context) {
                   context.kernels->tile[op.a.type][op.a.type]};
     const int64_t key_blocks = run.plan.keys_padded / LANES, query_blocks = run.plan.query_blocks;
     if (op.out.border) zero_border(op.out, context);
-    context.pool->each(op.heads * key_blocks, [&](int64_t i, int) {
-        run.pack(i / key_blocks, i % key_blocks);
-    });
+    context.pool->each(op.heads * key_blocks,
+                       [&](int64_t i, int) { run.pack(i / key_blocks, i % key_blocks); });
     context.pool->each(op.heads * query_blocks, [&](int64_t i, int thread) {
         run.attend(i / query_blocks, i % query_blocks, thread);
     });

@@ -27,11 +27,13 @@ bool bit(uint32_t x, int n) { return x >> n & 1; }
 Cpu from_registers(const Registers &r) {
     Cpu cpu = {};
     const bool xsave = r.max_leaf >= 7 && bit(r.leaf1_ecx, 27);
-    const auto saves = [&](uint64_t registers) { return xsave && (r.xcr0 & registers) == registers; };
+    const auto saves = [&](uint64_t registers) {
+        return xsave && (r.xcr0 & registers) == registers;
+    };
     const uint32_t leaf7_1_eax = r.leaf7_eax >= 1 ? r.leaf7_1_eax : 0;
     const bool avx = bit(r.leaf1_ecx, 28), fma = bit(r.leaf1_ecx, 12), f16c = bit(r.leaf1_ecx, 29);
     cpu.avx2 = saves(XMM_YMM) && avx && fma && f16c && bit(r.leaf7_ebx, 5);
-    cpu.avx512 = cpu.avx2 && saves(OPMASK_ZMM) && bit(r.leaf7_ebx, 16) && // F
+    cpu.avx512 = cpu.avx2 && saves(OPMASK_ZMM) && bit(r.leaf7_ebx, 16) &&              // F
                  bit(r.leaf7_ebx, 17) && bit(r.leaf7_ebx, 30) && bit(r.leaf7_ebx, 31); // DQ, BW, VL
     cpu.avx512_bf16 = cpu.avx512 && bit(leaf7_1_eax, 5);
     cpu.amx_bf16 = cpu.avx512_bf16 && saves(TILES) && bit(r.leaf7_edx, 22) && bit(r.leaf7_edx, 24);

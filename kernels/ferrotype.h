@@ -21,8 +21,8 @@ extern "C" {
 #define FT_API __attribute__((visibility("default")))
 #endif
 
-#define FT_ABI 1            /* of this header; ft_abi() is that of the library */
-#define FT_LANES 16         /* outputs in a block of packed weights; channels are stored padded to it */
+#define FT_ABI 1    /* of this header; ft_abi() is that of the library */
+#define FT_LANES 16 /* outputs in a block of packed weights; channels are stored padded to it */
 #define FT_MAX_THREADS 64
 #define FT_NO_WEIGHT UINT64_MAX
 
@@ -53,20 +53,21 @@ enum ft_kind {
      * 2x2 convolutions that this equals.  geglu: blocks of values and gates alternate in the
      * weights, out = value * gelu(gate).  late: the activation follows the residual. */
     FT_MATMUL = 1,
-    /* out = act(group_norm(a | b) * gamma + beta), a and b side by side; weight: gamma, bias: beta */
+    /* out = act(group_norm(a | b) * gamma + beta), a and b side by side; weight: gamma, bias: beta
+     */
     FT_GROUP_NORM = 2,
     FT_LAYER_NORM = 3, /* the same over the channels of each pixel */
     /* out = softmax(a b^T * scale) c by heads of `size` channels; a: queries, b: keys, c: values */
     FT_ATTENTION = 4,
-    FT_EMBEDDING = 5,  /* out[i] = weight[a[i]] + bias[i]; a: i32 ids, weight: (size, c) f32 rows */
-    FT_SINUSOID = 6,   /* out: per number of a, cos then sin (flip: sin then cos), shift x */
-    FT_UNARY = 7,      /* out = act(a) */
-    FT_ADD = 8,        /* out = act(a + b) */
-    FT_LOAD = 9,       /* out = channels-last of a, planar f32 (c planes), each times x; act first */
-    FT_STORE = 10,     /* out, planar f32, = a * x + y */
-    FT_BYTES = 11,     /* out: u8, (h, w, 3) without padding = round(clamp(a * x + y, 0, 1) * 255) */
-    FT_PICK = 12,      /* out = the row of a at the first id of b that equals size; size < 0: at the
-                        * largest id */
+    FT_EMBEDDING = 5, /* out[i] = weight[a[i]] + bias[i]; a: i32 ids, weight: (size, c) f32 rows */
+    FT_SINUSOID = 6,  /* out: per number of a, cos then sin (flip: sin then cos), shift x */
+    FT_UNARY = 7,     /* out = act(a) */
+    FT_ADD = 8,       /* out = act(a + b) */
+    FT_LOAD = 9,      /* out = channels-last of a, planar f32 (c planes), each times x; act first */
+    FT_STORE = 10,    /* out, planar f32, = a * x + y */
+    FT_BYTES = 11,    /* out: u8, (h, w, 3) without padding = round(clamp(a * x + y, 0, 1) * 255) */
+    FT_PICK = 12,     /* out = the row of a at the first id of b that equals size; size < 0: at the
+                       * largest id */
 };
 
 enum ft_act {
@@ -75,7 +76,7 @@ enum ft_act {
     FT_GELU = 2,       /* exact, with erf */
     FT_QUICK_GELU = 3, /* x * sigmoid(1.702 x) */
     FT_RELU = 4,
-    FT_TANH3 = 5,      /* 3 tanh(x / 3): the clamp of TAESD */
+    FT_TANH3 = 5, /* 3 tanh(x / 3): the clamp of TAESD */
 };
 
 struct ft_op {
@@ -85,16 +86,16 @@ struct ft_op {
     struct ft_tensor add;          /* matmul: f32 vector of out.c channels (h = w = 1) */
     uint64_t weight, bias;         /* bytes into the weights, multiples of 64 */
     uint32_t weight_type;
-    int32_t side, stride, pad;     /* matmul; pad 1 reads a border above and left, 0 does not */
+    int32_t side, stride, pad; /* matmul; pad 1 reads a border above and left, 0 does not */
     int32_t upsample, geglu, late;
-    int32_t winograd;              /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
-                                    * products where that is faster */
-    int32_t groups;                /* group norm */
-    int32_t heads, size, causal;   /* attention: size of a head; embedding: rows; pick: the id */
-    int32_t flip;                  /* sinusoid */
-    float scale, x, y;             /* attention: scale; norms: x is eps; sinusoid: x is shift */
-    uint64_t scratch;              /* bytes into the arena, a multiple of 64; ft_op_scratch says
-                                    * how many are needed */
+    int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
+                                  * products where that is faster */
+    int32_t groups;              /* group norm */
+    int32_t heads, size, causal; /* attention: size of a head; embedding: rows; pick: the id */
+    int32_t flip;                /* sinusoid */
+    float scale, x, y;           /* attention: scale; norms: x is eps; sinusoid: x is shift */
+    uint64_t scratch;            /* bytes into the arena, a multiple of 64; ft_op_scratch says
+                                  * how many are needed */
 };
 
 typedef struct ft_program ft_program;
@@ -112,9 +113,9 @@ FT_API uint64_t ft_op_weight_bytes(const struct ft_op *op);
 
 /* Check ops against an arena and weights of these sizes and start the threads.
  * Checked is that nothing outside of them is touched; which tensors share space is the caller's
- * affair (out may be c of a matmul, and a or b of a norm, unary or add, if it is the same in shape).
- * isa: a name, or NULL for the best that this machine runs.
- * On failure returns NULL and writes one line to message. */
+ * affair (out may be c of a matmul, and a or b of a norm, unary or add, if it is the same in
+ * shape). isa: a name, or NULL for the best that this machine runs. On failure returns NULL and
+ * writes one line to message. */
 FT_API ft_program *ft_program_create(const struct ft_op *ops, size_t count, size_t arena_bytes,
                                      size_t weight_bytes, uint32_t threads, const char *isa,
                                      char *message, size_t message_bytes);
@@ -128,7 +129,8 @@ FT_API size_t ft_program_run(ft_program *program, void *arena, const void *weigh
                              uint64_t *nanoseconds, const volatile int *cancel);
 
 /* FLOP/s of a plain loop of the multiply-accumulates that `isa` uses for `type`, on `threads`
- * threads for about `seconds`: the ceiling that kernels are measured against.  0: no such kernel. */
+ * threads for about `seconds`: the ceiling that kernels are measured against.  0: no such kernel.
+ */
 FT_API double ft_ceiling(const char *isa, uint32_t type, uint32_t threads, double seconds);
 
 #ifdef __cplusplus

@@ -36,12 +36,13 @@ struct TileKernel {
     int k_step; // 2 for vectors (pairs of bf16), 16 for matrix units
 };
 
-// One row of a tile after the sum: out = act(acc + bias + add) + residual.
+// Rows of a tile after the sum, TILE floats apart: out = act(acc + bias + add) + residual.
 struct Finish {
     const float *acc;
-    const float *bias, *add; // null: none
-    const char *residual;    // null: none; of the type of out
-    char *out;
+    const float *bias, *add;     // null: none
+    const char *const *residual; // of each row; null: none; of the type of out
+    char *const *out;            // of each row
+    int rows;
     int blocks; // of LANES outputs; with geglu, of the result
     uint32_t type, act;
     int32_t geglu, late;
@@ -63,8 +64,8 @@ struct WinogradKernels {
     void (*input)(char *v, int64_t position_bytes, const char *x, int64_t row_bytes,
                   int64_t pixel_bytes, uint32_t type, int channels);
     // Nine taps of n weights, tap_bytes apart, become 16 of n, position_bytes apart.
-    void (*weights)(char *u, int64_t position_bytes, uint32_t type, const char *w, int64_t tap_bytes,
-                    uint32_t w_type, int64_t n);
+    void (*weights)(char *u, int64_t position_bytes, uint32_t type, const char *w,
+                    int64_t tap_bytes, uint32_t w_type, int64_t n);
     // 16 rows of n sums, position floats apart, become those of 2x2 pixels, TILE floats apart.
     void (*output)(float *out, const float *sums, int64_t position, int n);
 };
@@ -83,7 +84,8 @@ struct Kernels {
     // out = act(x * scale + shift), by channel
     void (*affine)(char *out, const char *x, uint32_t type, int channels, const float *scale,
                    const float *shift, uint32_t act);
-    // one pixel: out = (x - mean) / sqrt(variance + eps) * gamma + beta; channels need not fill LANES
+    // one pixel: out = (x - mean) / sqrt(variance + eps) * gamma + beta; channels need not fill
+    // LANES
     void (*layer_norm)(char *out, const char *x, uint32_t type, int channels, float eps,
                        const float *gamma, const float *beta);
     // out = act(a + b), b may be null; n a multiple of LANES
@@ -155,8 +157,12 @@ static inline uint16_t float_to_f16(float f) { // to nearest, ties to even; beyo
     return uint16_t(sign | (((u + 0xfff + (u >> 13 & 1)) >> 13) - (112 << 10)));
 }
 
-static inline int64_t bytes_of_pixel(const ft_tensor &t) { return int64_t(t.pixel) * type_bytes(t.type); }
-static inline int64_t bytes_of_row(const ft_tensor &t) { return int64_t(t.row) * type_bytes(t.type); }
+static inline int64_t bytes_of_pixel(const ft_tensor &t) {
+    return int64_t(t.pixel) * type_bytes(t.type);
+}
+static inline int64_t bytes_of_row(const ft_tensor &t) {
+    return int64_t(t.row) * type_bytes(t.type);
+}
 
 // --- threads ------------------------------------------------------------------------------------
 
@@ -169,7 +175,8 @@ class Pool {
     void run(int64_t count, void (*job)(const void *, int64_t, int), const void *context);
 
     template <class Job> void each(int64_t count, const Job &job) {
-        run(count, [](const void *j, int64_t i, int t) { (*static_cast<const Job *>(j))(i, t); },
+        run(
+            count, [](const void *j, int64_t i, int t) { (*static_cast<const Job *>(j))(i, t); },
             &job);
     }
 
@@ -196,7 +203,7 @@ struct Op {
     // null, or what is wrong with the op; bounds are checked apart
     const char *(*check)(const ft_op &);
     uint64_t (*scratch)(const ft_op &, const Kernels &, int threads); // bytes
-    uint64_t (*weight_bytes)(const ft_op &);                         // from op.weight; 0: none
+    uint64_t (*weight_bytes)(const ft_op &);                          // from op.weight; 0: none
     uint64_t (*bias_bytes)(const ft_op &);
     void (*run)(const ft_op &, const Context &);
 };
@@ -204,11 +211,12 @@ extern const Op matmul_op, group_norm_op, layer_norm_op, attention_op, embedding
     unary_op, add_op, load_op, store_op, bytes_op, pick_op;
 const Op *find_op(uint32_t kind); // null: unknown
 
-// What follows a matmul's sums at one pixel, for `blocks` blocks of outputs from `first`; matmul.cpp.
-void finish_pixel(const ft_op &op, const Context &context, const float *acc, int64_t first, int blocks,
-                  int64_t y, int64_t x);
+// What follows a matmul's sums of up to MAX_ROWS pixels, each at ys, xs, for `blocks` blocks of the
+// weights' outputs from `first`; matmul.cpp.
+void finish_pixels(const ft_op &op, const Context &context, const float *acc, int64_t first,
+                   int blocks, int rows, const int64_t *ys, const int64_t *xs);
 // The same as a 3x3 matmul of stride 1 with two thirds of the arithmetic less; winograd.cpp.
-bool winograd_fits(const ft_op &op);
+bool winograd_fits(const ft_op &op, const Kernels &kernels);
 uint64_t winograd_scratch(const ft_op &op, const Kernels &kernels, int threads);
 void winograd_run(const ft_op &op, const Context &context);
 void zero_border(const ft_tensor &t, const Context &context);

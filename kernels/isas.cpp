@@ -34,11 +34,21 @@ const Kernels avx2 = join(avx2_rows, avx2_winograd, {&avx2_tiles});
 const Kernels avx512 = join(avx512_rows, avx512_winograd, {&avx512_tiles});
 const Kernels avx512_bf16 =
     join(avx512_bf16_rows, avx512_bf16_winograd, {&avx512_bf16_tiles, &avx512_tiles});
-const Kernels amx = join(avx512_bf16_rows, avx512_bf16_winograd,
-                         {&amx_tiles, &avx512_bf16_tiles, &avx512_tiles});
+const Kernels amx =
+    join(avx512_bf16_rows, avx512_bf16_winograd, {&amx_tiles, &avx512_bf16_tiles, &avx512_tiles});
 #elif defined(__aarch64__)
 const Kernels neon = join(neon_rows, neon_winograd, {&neon_tiles});
 const Kernels neon_bf16 = join(neon_rows, neon_winograd, {&neon_bf16_tiles, &neon_tiles});
+#endif
+
+#if defined(__x86_64__)
+bool runs_amx(const Cpu &c) {
+#if defined(FERROTYPE_EMULATE_AMX) // tests of the kernel's logic: the tiles are plain C
+    return c.avx512_bf16;
+#else
+    return c.amx_bf16;
+#endif
+}
 #endif
 
 const Cpu &cpu() {
@@ -50,7 +60,7 @@ const Cpu &cpu() {
 
 const Isa isas[] = {
 #if defined(__x86_64__)
-    {"amx", [](const Cpu &c) { return c.amx_bf16; }, &amx, amx_enter},
+    {"amx", runs_amx, &amx, amx_enter},
     {"avx512bf16", [](const Cpu &c) { return c.avx512_bf16; }, &avx512_bf16, nullptr},
     {"avx512", [](const Cpu &c) { return c.avx512; }, &avx512, nullptr},
     {"avx2", [](const Cpu &c) { return c.avx2; }, &avx2, nullptr},

@@ -1,9 +1,10 @@
 // Convolution and linear layers: one driver over every instruction set's tile of outputs.
 //
-// A filter tap is a shift of the row pointers, so a 3x3 convolution is nine matrix products over the
-// same padded image and nothing is copied.  A job is a panel of 64 outputs by a chunk of pixels; the
-// weights of a panel are cut so that they stay in the second-level cache while pixels stream past.
-// Each output is summed by one thread in one order: results do not depend on the number of threads.
+// A filter tap is a shift of the row pointers, so a 3x3 convolution is nine matrix products over
+// the same padded image and nothing is copied.  A job is a panel of 64 outputs by a chunk of
+// pixels; the weights of a panel are cut so that they stay in the second-level cache while pixels
+// stream past. Each output is summed by one thread in one order: results do not depend on the
+// number of threads.
 #include "internal.h"
 
 namespace ft {
@@ -22,11 +23,11 @@ struct Chunk { // of the inputs: some taps of one source, or some channels of on
 
 struct Plan {
     int sources, taps, parities;
-    int64_t k[2];        // padded channels of each source
-    int64_t k_total;     // per output
-    int64_t blocks;      // of LANES outputs in the weights
-    int64_t w_block;     // bytes of a block
-    int64_t pixels;      // per parity
+    int64_t k[2];    // padded channels of each source
+    int64_t k_total; // per output
+    int64_t blocks;  // of LANES outputs in the weights
+    int64_t w_block; // bytes of a block
+    int64_t pixels;  // per parity
     int64_t chunk_pixels, pixel_chunks, panels;
     int chunk_count;
     Chunk chunks[MAX_CHUNKS];
@@ -43,8 +44,8 @@ int64_t blocks_of(const ft_op &op) { return padded(op.out.c) / LANES * (op.geglu
 int64_t chunk_limit(const ft_op &op) { return PANEL_BYTES / TILE / type_bytes(op.weight_type); }
 
 // Cut taps x channels of a source so that each piece is at most `limit` elements; -1: too many.
-int cut(Chunk *chunks, int count, int source, int taps, int64_t channels, int64_t limit,
-        int64_t w, int64_t w_element) {
+int cut(Chunk *chunks, int count, int source, int taps, int64_t channels, int64_t limit, int64_t w,
+        int64_t w_element) {
     const int64_t pieces = (channels + limit - 1) / limit;
     const int groups = pieces > 1 ? taps : int((taps * channels + limit - 1) / limit);
     for (int g = 0; g < groups; g++) {
@@ -52,9 +53,10 @@ int cut(Chunk *chunks, int count, int source, int taps, int64_t channels, int64_
         for (int64_t p = 0; p < pieces; p++) {
             if (count == MAX_CHUNKS) return -1;
             const int64_t k0 = round_up(channels * p / pieces, LANES);
-            const int64_t k1 = p + 1 == pieces ? channels : round_up(channels * (p + 1) / pieces, LANES);
-            chunks[count++] = {source, first, last - first, k0, k1 - k0,
-                               w + (first * channels + k0) * w_element};
+            const int64_t k1 =
+                p + 1 == pieces ? channels : round_up(channels * (p + 1) / pieces, LANES);
+            chunks[count++] = {source, first,   last - first,
+                               k0,     k1 - k0, w + (first * channels + k0) * w_element};
         }
     }
     return count;
@@ -74,7 +76,8 @@ bool make_plan(Plan &plan, const ft_op &op, int threads) {
     plan.panels = (plan.blocks + MAX_BLOCKS - 1) / MAX_BLOCKS;
     plan.chunk_pixels = CHUNK_PIXELS;
     while (plan.chunk_pixels > 48 && // few pixels: enough jobs for every thread all the same
-           plan.panels * plan.parities * ((plan.pixels + plan.chunk_pixels - 1) / plan.chunk_pixels) <
+           plan.panels * plan.parities *
+                   ((plan.pixels + plan.chunk_pixels - 1) / plan.chunk_pixels) <
                4 * threads)
         plan.chunk_pixels /= 2;
     plan.pixel_chunks = (plan.pixels + plan.chunk_pixels - 1) / plan.chunk_pixels;
@@ -106,8 +109,8 @@ const char *check(const ft_op &op) {
         return "b is not beside a";
     if (op.c.h && (op.c.h != out.h || op.c.w != out.w || op.c.c != out.c || op.c.type != out.type))
         return "the residual is not like out";
-    if (op.add.h && (op.add.h != 1 || op.add.w != 1 || op.add.c != out.c || op.add.type != FT_F32 ||
-                     op.geglu))
+    if (op.add.h &&
+        (op.add.h != 1 || op.add.w != 1 || op.add.c != out.c || op.add.type != FT_F32 || op.geglu))
         return "the vector to add does not fit";
     if (op.act > FT_RELU) return "unknown activation";
     if (op.geglu && (op.act || op.late)) return "geglu has an activation of its own";
@@ -123,7 +126,7 @@ uint64_t thread_scratch(const Plan &plan) {
 }
 
 uint64_t scratch(const ft_op &op, const Kernels &kernels, int threads) {
-    if (winograd_fits(op)) return winograd_scratch(op, kernels, threads);
+    if (winograd_fits(op, kernels)) return winograd_scratch(op, kernels, threads);
     Plan plan;
     return make_plan(plan, op, threads) ? thread_scratch(plan) * threads : UINT64_MAX;
 }
@@ -175,18 +178,20 @@ struct Run {
         for (int b = 0; b < (blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS); b += kernel.blocks) {
             const int left = (blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS) - b;
             kernel.run({row, taps, chunk.tap_count, int32_t(chunk.k_count), w + b * plan.w_block,
-                        plan.w_block, rows, left < kernel.blocks ? left : kernel.blocks, add,
-                        TILE, acc + b * LANES});
+                        plan.w_block, rows, left < kernel.blocks ? left : kernel.blocks, add, TILE,
+                        acc + b * LANES});
         }
     }
 
     void finish(const float *acc, int64_t pixel, int rows, int parity, int64_t panel) const {
         const int64_t first = panel * MAX_BLOCKS, left = plan.blocks - first;
-        const int blocks = int(left < MAX_BLOCKS ? left : MAX_BLOCKS);
+        int64_t ys[MAX_ROWS], xs[MAX_ROWS];
         each_pixel(pixel, rows, [&](int r, int64_t y, int64_t x) {
-            if (op.upsample) y = 2 * y + (parity >> 1), x = 2 * x + (parity & 1);
-            finish_pixel(op, context, acc + r * TILE, first, blocks, y, x);
+            ys[r] = op.upsample ? 2 * y + (parity >> 1) : y;
+            xs[r] = op.upsample ? 2 * x + (parity & 1) : x;
         });
+        finish_pixels(op, context, acc, first, int(left < MAX_BLOCKS ? left : MAX_BLOCKS), rows, ys,
+                      xs);
     }
 
     void job(int64_t index, int thread, bool pixels_outer) const {
@@ -198,8 +203,8 @@ struct Run {
         const int64_t start = chunk * plan.chunk_pixels;
         const int64_t end =
             start + plan.chunk_pixels < plan.pixels ? start + plan.chunk_pixels : plan.pixels;
-        float *acc = reinterpret_cast<float *>(context.arena + op.scratch +
-                                               thread * thread_scratch(plan));
+        float *acc =
+            reinterpret_cast<float *>(context.arena + op.scratch + thread * thread_scratch(plan));
         for (int c = 0; c < plan.chunk_count; c++) {
             const bool last = c + 1 == plan.chunk_count;
             for (int64_t p = start; p < end; p += kernel.rows) {
@@ -213,7 +218,7 @@ struct Run {
 };
 
 void run(const ft_op &op, const Context &context) {
-    if (winograd_fits(op)) return winograd_run(op, context);
+    if (winograd_fits(op, *context.kernels)) return winograd_run(op, context);
     Plan plan;
     make_plan(plan, op, context.pool->threads());
     const Run run{op, context, plan, context.kernels->tile[op.a.type][op.weight_type]};
@@ -229,17 +234,23 @@ void run(const ft_op &op, const Context &context) {
 
 } // namespace
 
-void finish_pixel(const ft_op &op, const Context &context, const float *acc, int64_t first, int blocks,
-                  int64_t y, int64_t x) {
+void finish_pixels(const ft_op &op, const Context &context, const float *acc, int64_t first,
+                   int blocks, int rows, const int64_t *ys, const int64_t *xs) {
     const int64_t channel = (op.geglu ? first / 2 : first) * LANES; // of out
     const int64_t offset = channel * type_bytes(op.out.type);
     const float *bias = nullptr, *add = nullptr;
     if (op.bias != FT_NO_WEIGHT)
         bias = reinterpret_cast<const float *>(context.weights + op.bias) + first * LANES;
     if (op.add.h) add = reinterpret_cast<const float *>(context.at(op.add)) + channel;
-    context.kernels->finish({acc, bias, add, op.c.h ? context.at(op.c, y, x) + offset : nullptr,
-                             context.at(op.out, y, x) + offset, op.geglu ? blocks / 2 : blocks,
-                             op.out.type, op.act, op.geglu, op.late});
+    const char *residual[MAX_ROWS];
+    char *out[MAX_ROWS];
+    for (int r = 0; r < rows; r++) {
+        out[r] = context.at(op.out, ys[r], xs[r]) + offset;
+        if (op.c.h) residual[r] = context.at(op.c, ys[r], xs[r]) + offset;
+    }
+    context.kernels->finish({acc, bias, add, op.c.h ? residual : nullptr, out, rows,
+                             op.geglu ? blocks / 2 : blocks, op.out.type, op.act, op.geglu,
+                             op.late});
 }
 
 const Op matmul_op = {check, scratch, weight_bytes, bias_bytes, run};

@@ -74,7 +74,8 @@ void read_first_pixel(const ft_op &op, const Context &context, float *shift) {
 }
 
 // Sums of a job's pixels, added up in fp64 every JOB_PIXELS.
-void moments(const ft_op &op, const Context &context, const Shares &shares, int64_t job, int thread) {
+void moments(const ft_op &op, const Context &context, const Shares &shares, int64_t job,
+             int thread) {
     const int64_t pixels = pixels_of(op.a), n = shares.channels;
     const int64_t first = pixels * job / shares.jobs, last = pixels * (job + 1) / shares.jobs;
     double *sums = shares.sums + 2 * n * job;
@@ -88,9 +89,9 @@ void moments(const ft_op &op, const Context &context, const Shares &shares, int6
         for (const ft_tensor *t : sources) {
             if (!t->h) continue;
             rows_between(*t, start, end, [&](int64_t y, int64_t x, int64_t count) {
-                context.kernels->moments(context.at(*t, y, x), t->type, bytes_of_pixel(*t), int(count),
-                                         int(padded(t->c)), shares.shift + channel, few + channel,
-                                         few + n + channel);
+                context.kernels->moments(context.at(*t, y, x), t->type, bytes_of_pixel(*t),
+                                         int(count), int(padded(t->c)), shares.shift + channel,
+                                         few + channel, few + n + channel);
             });
             channel += padded(t->c);
         }
@@ -118,7 +119,10 @@ void combine(const ft_op &op, const Context &context, const Shares &shares) {
                        pixels * from_mean * from_mean;
         }
         const double variance = squares / (pixels * double(per_group));
-        const double factor = 1 / sqrt((variance > 0 ? variance : variance != variance ? variance : 0) + op.x);
+        const double factor = 1 / sqrt((variance > 0           ? variance
+                                        : variance != variance ? variance
+                                                               : 0) +
+                                       op.x);
         for (int64_t c = first; c < first + per_group; c++) {
             shares.scale[c] = float(gamma[c] * factor);
             shares.offset[c] = float(beta[c] - gamma[c] * factor * mean);
@@ -130,9 +134,8 @@ void run_group_norm(const ft_op &op, const Context &context) {
     const Shares shares(op, context.arena + op.scratch);
     const Kernels &kernels = *context.kernels;
     read_first_pixel(op, context, shares.shift);
-    context.pool->each(shares.jobs, [&](int64_t job, int thread) {
-        moments(op, context, shares, job, thread);
-    });
+    context.pool->each(shares.jobs,
+                       [&](int64_t job, int thread) { moments(op, context, shares, job, thread); });
     combine(op, context, shares);
     if (op.out.border) zero_border(op.out, context);
     const int64_t pixels = pixels_of(op.a), a_channels = padded(op.a.c);
@@ -143,8 +146,8 @@ void run_group_norm(const ft_op &op, const Context &context) {
         rows_between(op.a, first, last, [&](int64_t y, int64_t x0, int64_t count) {
             for (int64_t x = x0; x < x0 + count; x++) {
                 char *out = context.at(op.out, y, x);
-                kernels.affine(out, context.at(op.a, y, x), op.a.type, int(a_channels), shares.scale,
-                               shares.offset, op.act);
+                kernels.affine(out, context.at(op.a, y, x), op.a.type, int(a_channels),
+                               shares.scale, shares.offset, op.act);
                 if (op.b.h)
                     kernels.affine(out + b_out, context.at(op.b, y, x), op.b.type,
                                    int(padded(op.b.c)), shares.scale + a_channels,
@@ -184,6 +187,7 @@ void run_layer_norm(const ft_op &op, const Context &context) {
 
 const Op group_norm_op = {check_group_norm, scratch_group_norm, channel_bytes, channel_bytes,
                           run_group_norm};
-const Op layer_norm_op = {check_layer_norm, no_scratch, channel_bytes, channel_bytes, run_layer_norm};
+const Op layer_norm_op = {check_layer_norm, no_scratch, channel_bytes, channel_bytes,
+                          run_layer_norm};
 
 } // namespace ft

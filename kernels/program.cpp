@@ -13,9 +13,9 @@ namespace ft {
 
 const Op *find_op(uint32_t kind) {
     static const Op *const ops[] = {
-        nullptr,      &matmul_op, &group_norm_op, &layer_norm_op, &attention_op, &embedding_op,
-        &sinusoid_op, &unary_op,  &add_op,        &load_op,       &store_op,     &bytes_op,
-        &pick_op,
+        nullptr,       &matmul_op,   &group_norm_op, &layer_norm_op, &attention_op,
+        &embedding_op, &sinusoid_op, &unary_op,      &add_op,        &load_op,
+        &store_op,     &bytes_op,    &pick_op,
     };
     return kind < sizeof ops / sizeof *ops ? ops[kind] : nullptr;
 }
@@ -53,12 +53,15 @@ const Slots &slots(uint32_t kind) {
     return table[kind];
 }
 
-bool must_have_b(uint32_t kind) { return kind == FT_ATTENTION || kind == FT_ADD || kind == FT_PICK; }
+bool must_have_b(uint32_t kind) {
+    return kind == FT_ATTENTION || kind == FT_ADD || kind == FT_PICK;
+}
 
 // Null, or what is wrong with a tensor on its own and against an arena of so many bytes.
 const char *check_tensor(const ft_tensor &t, Layout layout, bool needed, uint64_t arena) {
     static const ft_tensor nothing = {};
-    if (!t.h) return needed ? "is missing" : memcmp(&t, &nothing, sizeof t) ? "is half there" : nullptr;
+    if (!t.h)
+        return needed ? "is missing" : memcmp(&t, &nothing, sizeof t) ? "is half there" : nullptr;
     if (layout == Layout::ABSENT) return "does not belong to this kind";
     if (t.type > FT_U8) return "has an unknown type";
     if (!t.w || !t.c || t.h > MAX_SIDE || t.w > MAX_SIDE || t.c > MAX_CHANNELS ||
@@ -77,9 +80,9 @@ const char *check_tensor(const ft_tensor &t, Layout layout, bool needed, uint64_
     const uint64_t across = t.w + 2 * uint64_t(t.border);
     if (t.pixel < uint64_t(padded(t.c)) || t.row < across * t.pixel) return "overlaps itself";
     const uint64_t before = t.border * (uint64_t(t.row) + t.pixel) * size;
-    const uint64_t after =
-        ((t.h - 1 + uint64_t(t.border)) * t.row + (t.w - 1 + uint64_t(t.border)) * t.pixel +
-         uint64_t(padded(t.c))) * size;
+    const uint64_t after = ((t.h - 1 + uint64_t(t.border)) * t.row +
+                            (t.w - 1 + uint64_t(t.border)) * t.pixel + uint64_t(padded(t.c))) *
+                           size;
     if (arena == UNBOUNDED) return nullptr;
     if (t.offset < before) return "starts before the arena";
     return t.offset > arena || after > arena - t.offset ? "ends past the arena" : nullptr;
@@ -106,10 +109,8 @@ Fault check_op(const ft_op &op, uint64_t arena, uint64_t weights) {
         Layout layout;
         bool needed;
     } tensors[] = {
-        {"out", op.out, slot.out, true},
-        {"a", op.a, slot.a, true},
-        {"b", op.b, slot.b, must_have_b(op.kind)},
-        {"c", op.c, slot.c, op.kind == FT_ATTENTION},
+        {"out", op.out, slot.out, true},           {"a", op.a, slot.a, true},
+        {"b", op.b, slot.b, must_have_b(op.kind)}, {"c", op.c, slot.c, op.kind == FT_ATTENTION},
         {"add", op.add, slot.add, false},
     };
     for (const auto &t : tensors)

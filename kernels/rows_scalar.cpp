@@ -21,17 +21,19 @@ float activate(float x, uint32_t act) {
 }
 
 void finish(const Finish &f) {
-    for (int i = 0; i < f.blocks * LANES; i++) {
-        // with geglu, every second block holds gates
-        const int j = f.geglu ? i / LANES * 2 * LANES + i % LANES : i;
-        float v = f.acc[j] + (f.bias ? f.bias[j] : 0);
-        if (f.geglu) v *= gelu(f.acc[j + LANES] + (f.bias ? f.bias[j + LANES] : 0));
-        if (f.add) v += f.add[i];
-        if (!f.late) v = activate(v, f.act);
-        if (f.residual) v += get(f.residual, f.type, i);
-        if (f.late) v = activate(v, f.act);
-        put(f.out, f.type, i, v);
-    }
+    for (int r = 0; r < f.rows; r++)
+        for (int i = 0; i < f.blocks * LANES; i++) {
+            const float *acc = f.acc + r * TILE;
+            // with geglu, every second block holds gates
+            const int j = f.geglu ? i / LANES * 2 * LANES + i % LANES : i;
+            float v = acc[j] + (f.bias ? f.bias[j] : 0);
+            if (f.geglu) v *= gelu(acc[j + LANES] + (f.bias ? f.bias[j + LANES] : 0));
+            if (f.add) v += f.add[i];
+            if (!f.late) v = activate(v, f.act);
+            if (f.residual) v += get(f.residual[r], f.type, i);
+            if (f.late) v = activate(v, f.act);
+            put(f.out[r], f.type, i, v);
+        }
 }
 
 float softmax(const Softmax &s) {
@@ -95,7 +97,6 @@ void unary(char *out, const char *a, const char *b, uint32_t type, int n, uint32
 
 } // namespace
 
-const Rows scalar_rows = {finish,  softmax, rescale,    scaled,
-                          moments, affine,  layer_norm, unary};
+const Rows scalar_rows = {finish, softmax, rescale, scaled, moments, affine, layer_norm, unary};
 
 } // namespace ft

@@ -53,14 +53,16 @@ template <class V> struct Math {
 
     // 2^x for x <= 127; zero, or nearly so, below V::LEAST.  Minimax over [-0.5, 0.5]: 2e-9.
     static F exp2(F x) {
-        static constexpr float c[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55033247e-2f,
-                                      9.61843736e-3f, 1.33988744e-3f, 1.53533618e-4f};
+        static constexpr float c[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f,
+                                      5.55033247e-2f, 9.61843736e-3f, 1.33988744e-3f,
+                                      1.53533618e-4f};
         return exp2_by(x, c);
     }
 
     // The same for a result that is rounded to bf16: 8e-5, a fiftieth of its last place.
     static F exp2_short(F x) {
-        static constexpr float c[] = {9.99928073e-1f, 6.93260986e-1f, 2.42611131e-1f, 5.51716694e-2f};
+        static constexpr float c[] = {9.99928073e-1f, 6.93260986e-1f, 2.42611131e-1f,
+                                      5.51716694e-2f};
         return exp2_by(x, c);
     }
 
@@ -115,21 +117,38 @@ template <class V, class T> struct TypedRows {
     typedef typename V::F F;
     typedef Math<V> M;
 
-    static F biased(const ft::Finish &f, int block) {
-        const F v = V::load(f.acc + block * LANES);
-        return f.bias ? V::add(v, V::load(f.bias + block * LANES)) : v;
+    static F loaded(const float *p, int block) { // zero where there is none
+        return p ? V::load(p + block * LANES) : V::zero();
     }
 
-    static void finish(const ft::Finish &f) {
+    static void finish(const ft::Finish &f) { f.geglu ? finish_geglu(f) : finish_block(f); }
+
+    static void put_row(const ft::Finish &f, int row, int block, F v) {
+        const int64_t at = int64_t(block) * LANES * T::BYTES;
+        if (f.residual) v = V::add(v, T::load(f.residual[row] + at));
+        if (f.late) v = M::activate(v, f.act);
+        T::store(f.out[row] + at, v);
+    }
+
+    static void finish_block(const ft::Finish &f) {
         for (int b = 0; b < f.blocks; b++) {
-            const int64_t at = int64_t(b) * LANES * T::BYTES;
-            F v = biased(f, f.geglu ? 2 * b : b);
-            if (f.geglu) v = V::mul(v, M::gelu(biased(f, 2 * b + 1)));
-            if (f.add) v = V::add(v, V::load(f.add + b * LANES));
-            if (!f.late) v = M::activate(v, f.act);
-            if (f.residual) v = V::add(v, T::load(f.residual + at));
-            if (f.late) v = M::activate(v, f.act);
-            T::store(f.out + at, v);
+            const F bias = loaded(f.bias, b), add = loaded(f.add, b);
+            for (int r = 0; r < f.rows; r++) {
+                F v = V::add(V::add(V::load(f.acc + r * ft::TILE + b * LANES), bias), add);
+                if (f.act && !f.late) v = M::activate(v, f.act);
+                put_row(f, r, b, v);
+            }
+        }
+    }
+
+    static void finish_geglu(const ft::Finish &f) {
+        for (int b = 0; b < f.blocks; b++) {
+            const F bias = loaded(f.bias, 2 * b), gate_bias = loaded(f.bias, 2 * b + 1);
+            for (int r = 0; r < f.rows; r++) {
+                const float *acc = f.acc + r * ft::TILE + 2 * b * LANES;
+                const F gate = M::gelu(V::add(V::load(acc + LANES), gate_bias));
+                put_row(f, r, b, V::mul(V::add(V::load(acc), bias), gate));
+            }
         }
     }
 
@@ -163,9 +182,8 @@ template <class V, class T> struct TypedRows {
     }
 
     // BLOCKS of channels at a time, so that their sums stay in registers
-    template <int BLOCKS>
-    static void moments(const char *x, int64_t pixel_bytes, int pixels, const float *shift,
-                        float *sum, float *square) {
+    template <int BLOCKS> static void moments(const char *x, int64_t pixel_bytes, int pixels,
+                                              const float *shift, float *sum, float *square) {
         F middle[BLOCKS], s[BLOCKS], q[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) {
             middle[b] = V::load(shift + b * LANES);
@@ -262,8 +280,7 @@ template <class V> struct AllRows {
             more = V::max(V::load(s.scores + i + LANES), more);
         }
         for (; i + LANES <= s.valid; i += LANES) most = V::max(V::load(s.scores + i), most);
-        if (i < s.valid)
-            more = V::max(V::keep(V::load(s.scores + i), s.valid - i, lowest), more);
+        if (i < s.valid) more = V::max(V::keep(V::load(s.scores + i), s.valid - i, lowest), more);
         const float here = V::top(V::max(most, more)) * s.scale;
         return here > *s.top ? here : *s.top;
     }

@@ -77,8 +77,12 @@ struct V {
     static F scale2(F x, F n) { // x * 2^n, n whole, from LEAST to 127
         return mul(x, map([](float32x4_t v) { return power(v); }, n));
     }
-    static float sum(F x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d))); }
-    static float top(F x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
+    static float sum(F x) {
+        return vaddvq_f32(vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d)));
+    }
+    static float top(F x) {
+        return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d)));
+    }
 
   private:
     template <class Do> static F map(const Do &one, F x) {

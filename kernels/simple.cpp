@@ -41,7 +41,9 @@ const char *check_embedding(const ft_op &op) {
     return nullptr;
 }
 
-uint64_t table_bytes(const ft_op &op) { return uint64_t(op.size) * padded(op.out.c) * sizeof(float); }
+uint64_t table_bytes(const ft_op &op) {
+    return uint64_t(op.size) * padded(op.out.c) * sizeof(float);
+}
 uint64_t positions_bytes(const ft_op &op) {
     return uint64_t(op.out.w) * padded(op.out.c) * sizeof(float);
 }
@@ -54,7 +56,8 @@ void run_embedding(const ft_op &op, const Context &context) {
         memcpy(&id, context.at(op.a) + 4 * i, 4);
         // The ids are data, not program: one outside of the table reads its nearest row.
         id = id < 0 ? 0 : id >= op.size ? op.size - 1 : id;
-        const float *row = reinterpret_cast<const float *>(context.weights + op.weight) + id * channels;
+        const float *row =
+            reinterpret_cast<const float *>(context.weights + op.weight) + id * channels;
         const float *position =
             reinterpret_cast<const float *>(context.weights + op.bias) + i * channels;
         char *out = context.at(op.out, 0, i);

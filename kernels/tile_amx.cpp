@@ -9,9 +9,9 @@
 
 namespace {
 
-constexpr int SIDE = 16;        // rows of a matrix
-constexpr int STEP = 32;        // k of a matrix of activations
-constexpr int ROW = 2 * STEP;   // its bytes in a row, of any matrix
+constexpr int SIDE = 16;              // rows of a matrix
+constexpr int STEP = 32;              // k of a matrix of activations
+constexpr int ROW = 2 * STEP;         // its bytes in a row, of any matrix
 constexpr int SUMS = 0, A = 4, W = 6; // registers: four of sums, two of activations, two of weights
 
 constexpr amx::Config CONFIG = {

@@ -1,6 +1,9 @@
 // Tiles with AVX2, FMA and F16C: 12 vectors of sums in registers, arithmetic in fp32.
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #include "simd_avx2.h"
@@ -22,4 +25,7 @@ const ft::Tiles ft::avx2_tiles = {
      {{}, {}, Wide<F16Activations<V>, WeightF16<V>>::kernel}},
     burn,
 };
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

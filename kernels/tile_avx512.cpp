@@ -1,6 +1,10 @@
 // Tiles with AVX-512F/BW/VL/DQ: 24 sums in registers, arithmetic in fp32.
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #endif
 #include "simd_avx512.h"
@@ -22,4 +26,7 @@ const ft::Tiles ft::avx512_tiles = {
      {{}, {}, Wide<F16Activations<V>, WeightF16<V>>::kernel}},
     burn,
 };
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,6 +1,11 @@
 // The bf16 tile with AVX512_BF16: pairs of products are summed in fp32 by one instruction.
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))),             \
+    apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
 #endif
 #include "simd_avx512.h"
@@ -29,6 +34,9 @@ double burn(uint32_t type, int64_t rounds) {
 }
 } // namespace
 
-const ft::Tiles ft::avx512_bf16_tiles = {
-    {{}, {{}, Shapes<V, DotBf16, 6, 4>::kernel, {}}, {}}, burn};
+const ft::Tiles ft::avx512_bf16_tiles = {{{}, {{}, Shapes<V, DotBf16, 6, 4>::kernel, {}}, {}},
+                                         burn};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,6 +1,12 @@
 // The bf16 tile with ARMv8.6's dot products: pairs are summed in fp32 by one instruction.
 #if defined(__aarch64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__) && !defined(__ARM_FEATURE_BF16)
+// clang knows the instructions only by a flag of the file, which CMakeLists.txt gives.
+#include "tables.h"
+
+const ft::Tiles ft::neon_bf16_tiles = {};
+#else
+#if !defined(__clang__)
 #pragma GCC target("arch=armv8.2-a+bf16")
 #endif
 #include "simd_neon.h"
@@ -27,8 +33,8 @@ struct DotBf16 {
         return {load(p), load(p + 16), load(p + 32), load(p + 48)};
     }
     static V::F mac(V::F acc, bfloat16x8_t a, const Pairs &w) {
-        return {vbfdotq_f32(acc.a, a, w.a), vbfdotq_f32(acc.b, a, w.b),
-                vbfdotq_f32(acc.c, a, w.c), vbfdotq_f32(acc.d, a, w.d)};
+        return {vbfdotq_f32(acc.a, a, w.a), vbfdotq_f32(acc.b, a, w.b), vbfdotq_f32(acc.c, a, w.c),
+                vbfdotq_f32(acc.d, a, w.d)};
     }
 };
 
@@ -38,6 +44,6 @@ double burn(uint32_t type, int64_t rounds) {
 }
 } // namespace
 
-const ft::Tiles ft::neon_bf16_tiles = {
-    {{}, {{}, Shapes<V, DotBf16, 6, 1>::kernel, {}}, {}}, burn};
+const ft::Tiles ft::neon_bf16_tiles = {{{}, {{}, Shapes<V, DotBf16, 6, 1>::kernel, {}}, {}}, burn};
+#endif
 #endif

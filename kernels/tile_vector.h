@@ -7,7 +7,8 @@
 
 namespace {
 
-// --- weights, multiplied in fp32 ------------------------------------------------------------------
+// --- weights, multiplied in fp32
+// ------------------------------------------------------------------
 
 template <class V> struct InFloat { // an activation is one float
     typedef typename V::F F;
@@ -41,7 +42,8 @@ template <class V> struct WeightBf16 : InFloat<V> { // pairs of k, one after the
     }
 };
 
-// --- the tile -------------------------------------------------------------------------------------
+// --- the tile
+// -------------------------------------------------------------------------------------
 
 template <class V, class W, int PART, int R, int B>
 __attribute__((always_inline)) inline void part(typename V::F (&acc)[R][B],
@@ -105,7 +107,8 @@ template <class V, class W, int ROWS, int BLOCKS> struct Shapes {
     static constexpr ft::TileKernel kernel = {run, ROWS, BLOCKS, 2};
 };
 
-// --- activations of half the width ----------------------------------------------------------------
+// --- activations of half the width
+// ----------------------------------------------------------------
 
 template <class V> struct Bf16Activations {
     static typename V::F load(const char *p) {
@@ -137,15 +140,16 @@ template <class V, class A, class W, int ROWS, int BLOCKS, int CHUNK> struct Wid
         for (int r = 0; r < t.row_count; r++) {
             rows[r] = reinterpret_cast<const char *>(wide[r]);
             for (int i = 0; i < taps; i++)
-                widen<V, A>(wide[r] + i * count, t.rows[r] + t.taps[tap + i] + int64_t(k) * 2, count);
+                widen<V, A>(wide[r] + i * count, t.rows[r] + t.taps[tap + i] + int64_t(k) * 2,
+                            count);
         }
         const int64_t none = 0;
         const char *w = t.w + (int64_t(tap) * t.k + k) / W::STEP * W::BYTES;
         for (int b = 0; b < t.blocks; b += BLOCKS)
-            Shapes<V, W, ROWS, BLOCKS>::run(
-                {rows, &none, 1, taps * count, w + b * t.w_block, t.w_block, t.row_count,
-                 t.blocks - b < BLOCKS ? t.blocks - b : BLOCKS, t.add || tap || k, t.stride,
-                 t.acc + b * ft::LANES});
+            Shapes<V, W, ROWS, BLOCKS>::run({rows, &none, 1, taps * count, w + b * t.w_block,
+                                             t.w_block, t.row_count,
+                                             t.blocks - b < BLOCKS ? t.blocks - b : BLOCKS,
+                                             t.add || tap || k, t.stride, t.acc + b * ft::LANES});
     }
 
     static void run(const ft::Tile &t) {
@@ -161,7 +165,8 @@ template <class V, class A, class W, int ROWS, int BLOCKS, int CHUNK> struct Wid
     static constexpr ft::TileKernel kernel = {run, ROWS, ft::MAX_BLOCKS, 2};
 };
 
-// --- the ceiling ----------------------------------------------------------------------------------
+// --- the ceiling
+// ----------------------------------------------------------------------------------
 
 // Independent multiply-accumulates for the ceiling, each of WIDTH products.
 template <class V, class W, int WIDTH> double burn_macs(int64_t rounds) {

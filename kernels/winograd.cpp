@@ -1,8 +1,8 @@
 // 3x3 convolution with 16 products where the direct form has 36: Winograd's F(2x2, 3x3).
 //
 // Lavin & Gray 2016.  Pixels are transformed once per band of tile rows, weights once per panel of
-// outputs and job, so that neither is ever stored in a larger form than the file's.  For each of the
-// 16 positions a tile is one pixel of a matrix product, on the same kernels as everything else.
+// outputs and job, so that neither is ever stored in a larger form than the file's.  For each of
+// the 16 positions a tile is one pixel of a matrix product, on the same kernels as everything else.
 #include "internal.h"
 
 namespace ft {
@@ -14,7 +14,7 @@ constexpr int64_t GROUP = 48;           // tiles whose sums wait for their outpu
 // The 16 positions lie so far apart that they do not fall into the same few lines of a cache.
 constexpr int64_t SKEW = 64;
 constexpr int64_t SUM_POSITION = GROUP * TILE + SKEW / int64_t(sizeof(float)); // floats
-constexpr int64_t JOB_TILES = 256;      // about: what a panel's transformed weights are spent on
+constexpr int64_t JOB_TILES = 256; // about: what a panel's transformed weights are spent on
 constexpr int64_t LEAST_TILES = 64, LEAST_CHANNELS = 64; // below, transforms cost what they save
 
 struct Plan {
@@ -60,7 +60,9 @@ struct Run {
     const TileKernel kernel;
 
     char *pixels() const { return context.arena + op.scratch; }
-    char *weights(int thread) const { return pixels() + plan.pixel_bytes() + thread * plan.thread(); }
+    char *weights(int thread) const {
+        return pixels() + plan.pixel_bytes() + thread * plan.thread();
+    }
     float *sums(int thread) const {
         return reinterpret_cast<float *>(weights(thread) + plan.weight_bytes());
     }
@@ -82,8 +84,8 @@ struct Run {
         const int64_t tap = plan.channels * LANES * type_bytes(op.weight_type);
         const char *w = context.weights + op.weight + panel * MAX_BLOCKS * 9 * tap;
         for (int b = 0; b < blocks_of(panel); b++)
-            context.kernels->winograd.weights(u + b * plan.block(), plan.weight_position(), op.a.type,
-                                              w + b * 9 * tap, tap, op.weight_type,
+            context.kernels->winograd.weights(u + b * plan.block(), plan.weight_position(),
+                                              op.a.type, w + b * 9 * tap, tap, op.weight_type,
                                               plan.channels * LANES);
     }
 
@@ -97,9 +99,12 @@ struct Run {
                 const int rows = int(count - t < kernel.rows ? count - t : kernel.rows);
                 for (int r = 0; r < rows; r++)
                     row[r] = plan.pixels(pixels(), first + t + r) + position * plan.position();
+                for (int r = 0; r < rows; r++) // the next rows, while these are multiplied
+                    for (int64_t line = 0; line < plan.tile(); line += 64)
+                        __builtin_prefetch(row[r] + rows * plan.tile() + line, 0, 2);
                 kernel.run({row, &tap, 1, int32_t(plan.channels),
-                            u + position * plan.weight_position() + b * plan.block(), plan.block(), rows,
-                            blocks - b < kernel.blocks ? blocks - b : kernel.blocks, 0, TILE,
+                            u + position * plan.weight_position() + b * plan.block(), plan.block(),
+                            rows, blocks - b < kernel.blocks ? blocks - b : kernel.blocks, 0, TILE,
                             m + position * SUM_POSITION + t * TILE + b * LANES});
             }
     }
@@ -116,9 +121,8 @@ struct Run {
                 const int64_t y = 2 * (band_row + (start + t) / plan.across);
                 const int64_t x = 2 * ((start + t) % plan.across);
                 context.kernels->winograd.output(out, m + t * TILE, SUM_POSITION, blocks * LANES);
-                for (int i = 0; i < 4; i++)
-                    finish_pixel(op, context, out + i * TILE, panel * MAX_BLOCKS, blocks, y + i / 2,
-                                 x + i % 2);
+                const int64_t ys[] = {y, y, y + 1, y + 1}, xs[] = {x, x + 1, x, x + 1};
+                finish_pixels(op, context, out, panel * MAX_BLOCKS, blocks, 4, ys, xs);
             }
         }
     }
@@ -140,7 +144,9 @@ struct Run {
 
 } // namespace
 
-bool winograd_fits(const ft_op &op) {
+bool winograd_fits(const ft_op &op, const Kernels &kernels) {
+    // A matrix unit multiplies so fast that the transforms would take longer than what they save.
+    if (kernels.tile[op.a.type][op.a.type].k_step > 2) return false;
     const bool types = (op.a.type == FT_BF16 && op.weight_type == FT_BF16) ||
                        (op.a.type == FT_F32 && op.weight_type != FT_BF16);
     return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&

@@ -1,6 +1,10 @@
 // The transforms of F(2x2, 3x3) with AVX-512.
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #endif
 #include "simd_avx512.h"
@@ -8,4 +12,7 @@
 #include "winograd_vector.h"
 
 const ft::WinogradKernels ft::avx512_winograd = winograd_kernels<avx512::V>();
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

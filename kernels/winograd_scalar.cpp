@@ -10,9 +10,9 @@ const float G[4][3] = {{1, 0, 0}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0, 0
 const float A[2][4] = {{1, 1, 1, 0}, {0, 1, -1, -1}}; // A^T
 
 // out = left in left^T, ROWS x ROWS from SIDE x SIDE
-template <int ROWS, int SIDE>
-void both_sides(const float (&left)[ROWS][SIDE], const float (&in)[SIDE][SIDE],
-                float (&out)[ROWS][ROWS]) {
+template <int ROWS, int SIDE> void both_sides(const float (&left)[ROWS][SIDE],
+                                              const float (&in)[SIDE][SIDE],
+                                              float (&out)[ROWS][ROWS]) {
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < ROWS; j++) {
             out[i][j] = 0;

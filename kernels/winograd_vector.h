@@ -13,7 +13,8 @@ void winograd_input_of(char *v, int64_t position_bytes, const char *x, int64_t r
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             F d[4];
-            for (int i = 0; i < 4; i++) d[i] = T<V>::load(x + i * row_bytes + j * pixel_bytes + c * T<V>::BYTES);
+            for (int i = 0; i < 4; i++)
+                d[i] = T<V>::load(x + i * row_bytes + j * pixel_bytes + c * T<V>::BYTES);
             t[0][j] = V::sub(d[0], d[2]);
             t[1][j] = V::add(d[1], d[2]);
             t[2][j] = V::sub(d[2], d[1]);
@@ -30,9 +31,9 @@ void winograd_input_of(char *v, int64_t position_bytes, const char *x, int64_t r
     }
 }
 
-template <class V>
-void winograd_input(char *v, int64_t position_bytes, const char *x, int64_t row_bytes,
-                    int64_t pixel_bytes, uint32_t type, int channels) {
+template <class V> void winograd_input(char *v, int64_t position_bytes, const char *x,
+                                       int64_t row_bytes, int64_t pixel_bytes, uint32_t type,
+                                       int channels) {
     if (type == FT_F32)
         winograd_input_of<V, F32>(v, position_bytes, x, row_bytes, pixel_bytes, channels);
     else if (type == FT_BF16)
@@ -41,8 +42,8 @@ void winograd_input(char *v, int64_t position_bytes, const char *x, int64_t row_
         winograd_input_of<V, F16>(v, position_bytes, x, row_bytes, pixel_bytes, channels);
 }
 
-template <class V, template <class> class T, template <class> class W>
-void winograd_weights_of(char *u, int64_t position_bytes, const char *w, int64_t tap_bytes, int64_t n) {
+template <class V, template <class> class T, template <class> class W> void
+winograd_weights_of(char *u, int64_t position_bytes, const char *w, int64_t tap_bytes, int64_t n) {
     typedef typename V::F F;
     const F half = V::set(0.5f);
     for (int64_t e = 0; e < n; e += ft::LANES) {
@@ -50,7 +51,8 @@ void winograd_weights_of(char *u, int64_t position_bytes, const char *w, int64_t
 #pragma GCC unroll 3
         for (int j = 0; j < 3; j++) {
             F g[3];
-            for (int i = 0; i < 3; i++) g[i] = W<V>::load(w + (3 * i + j) * tap_bytes + e * W<V>::BYTES);
+            for (int i = 0; i < 3; i++)
+                g[i] = W<V>::load(w + (3 * i + j) * tap_bytes + e * W<V>::BYTES);
             const F ends = V::mul(V::add(g[0], g[2]), half), middle = V::mul(g[1], half);
             t[0][j] = g[0];
             t[1][j] = V::add(ends, middle);
@@ -70,9 +72,9 @@ void winograd_weights_of(char *u, int64_t position_bytes, const char *w, int64_t
 }
 
 // The kinds that the engine multiplies: weights become of the type of the activations.
-template <class V>
-void winograd_weights(char *u, int64_t position_bytes, uint32_t type, const char *w,
-                      int64_t tap_bytes, uint32_t w_type, int64_t n) {
+template <class V> void winograd_weights(char *u, int64_t position_bytes, uint32_t type,
+                                         const char *w, int64_t tap_bytes, uint32_t w_type,
+                                         int64_t n) {
     if (type == FT_BF16)
         winograd_weights_of<V, Bf16, Bf16>(u, position_bytes, w, tap_bytes, n);
     else if (type == FT_F32 && w_type == FT_F32)

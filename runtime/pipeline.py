@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .. import bundle as bundles
+from .. import kernels
 from ..bundle import TEXT_ENCODERS, Bundle, Recipe
 from ..errors import FerrotypeError
 from . import samplers, schedules
@@ -25,7 +26,8 @@ from .tokenizer import Tokenizer
 
 Array32 = npt.NDArray[np.float32]
 
-EMBEDDED = Path(__file__).parent.parent / "models" / "emoji.ferro"
+EMBEDDED = Path(__file__).parent.parent / "models" / "emoji.ferro"  # for the native engine
+EMBEDDED_ONNX = EMBEDDED.with_name("emoji-onnx.ferro")  # the same model for onnxruntime
 MAX_GUIDANCE = 50.0
 CACHED_PROMPTS = 64  # embeddings are a few hundred KiB; encoding again would load the text encoder
 # What a sampler is run on when the recipe was made for another one.
@@ -47,11 +49,33 @@ class PromptWarning(UserWarning):
     """A part of the prompt is not used."""
 
 
+class EngineWarning(UserWarning):
+    """Something slower draws, because the native engine is not there."""
+
+
+def embedded() -> Path:
+    """The bundle that draws if none is named: the native one where its engine was built.
+
+    Else the ONNX one, with an EngineWarning that says what is missing.
+    """
+    if kernels.available():
+        return EMBEDDED
+    warnings.warn(
+        "the native engine is not built, because no C++17 compiler was there when ferrotype was "
+        "installed: onnxruntime draws instead, slower; install g++ or clang, then ferrotype again",
+        EngineWarning,
+        stacklevel=2,
+    )
+    return EMBEDDED_ONNX
+
+
 class Pipeline:
     """Draws with a bundle.
 
     One component is in memory at a time, unless `resident`: then each stays once loaded.  The
-    picture is the same.  `opener` loads a component; by default the engine of the bundle's target.
+    picture is the same.  `isa` is the instruction set that the native engine is to use, by name, if
+    not the best that runs here.  `opener` loads a component; by default the engine of the bundle's
+    target.
     """
 
     def __init__(
@@ -60,12 +84,13 @@ class Pipeline:
         threads: int | None = None,
         resident: bool = False,
         opener: Callable[[Bundle, str], Engine] | None = None,
+        isa: str | None = None,
     ) -> None:
         if threads is not None and not 1 <= threads <= 64:
             raise ValueError(f"threads is {threads}: it must be 1 to 64")
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._open = opener or (lambda bundle, name: open_engine(bundle, name, threads))
+        self._open = opener or (lambda bundle, name: open_engine(bundle, name, threads, isa))
         self._resident = resident
         self._engines: dict[str, Engine] = {}
         self._texts: dict[str, Text] = {}
@@ -76,12 +101,14 @@ class Pipeline:
         path: str | os.PathLike | None = None,
         threads: int | None = None,
         resident: bool = False,
+        isa: str | None = None,
     ) -> Pipeline:
         """Open the bundle at `path`, or the embedded one; no weights are read yet.
 
         Raises BundleError for anything that is no sound bundle.
         """
-        return cls(bundles.load(EMBEDDED if path is None else path), threads, resident)
+        bundle = bundles.load(embedded() if path is None else path)
+        return cls(bundle, threads, resident, isa=isa)
 
     # --- what a run will do ---------------------------------------------------------------------
 

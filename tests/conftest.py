@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from ferrotype.benchmarks.checkpoints import EMOJI
-from ferrotype.runtime.pipeline import EMBEDDED
+from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 
 
 @pytest.fixture(scope="session")
@@ -18,5 +18,5 @@ def trained():
 
 @pytest.fixture
 def emoji(tmp_path):
-    """A copy of the embedded bundle to break."""
-    return shutil.copytree(EMBEDDED, tmp_path / "emoji.ferro")
+    """A copy of the embedded ONNX bundle to break."""
+    return shutil.copytree(EMBEDDED_ONNX, tmp_path / "emoji.ferro")

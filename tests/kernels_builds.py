@@ -56,9 +56,7 @@ ARM = {
 }
 BUILDS = {
     # With the instructions of AMX in plain code, as few machines have them.
-    "sanitized": Build(
-        ("g++", "clang++"), ("-O1", "-g", "-DFERROTYPE_EMULATE_AMX", *SANITIZERS), SANITIZERS
-    ),
+    "sanitized": Build(("g++",), ("-O1", "-g", "-DFERROTYPE_EMULATE_AMX", *SANITIZERS), SANITIZERS),
     "arm64": Build(
         flags=("-O2",), link=("-static",), emulator=("qemu-aarch64", "-cpu", "max"), **ARM
     ),

@@ -55,7 +55,8 @@ def encode(values: np.ndarray, kind: Type) -> np.ndarray:
     """Round to a type: an array of its bits, uint16 for bf16."""
     if kind == Type.BF16:
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
     names = {Type.F32: np.float32, Type.F16: np.float16, Type.I32: np.int32, Type.U8: np.uint8}
     return np.ascontiguousarray(values).astype(names[kind])
 
@@ -63,8 +64,9 @@ def encode(values: np.ndarray, kind: Type) -> np.ndarray:
 def decode(stored: np.ndarray, kind: Type) -> np.ndarray:
     """float64 of what encode gives."""
     if kind == Type.BF16:
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # garbage is NaN
+        return stored.astype(np.float64)
 
 
 def rounded(values: np.ndarray, kind: Type) -> np.ndarray:
@@ -189,7 +191,7 @@ class Case:
         found = self.result(arena)
         with np.errstate(invalid="ignore", over="ignore"):
             part = np.abs(found - self.expected) / self.bound
-        part[found == self.expected] = 0
+        part[(found == self.expected) | np.isnan(found) & np.isnan(self.expected)] = 0
         worst = np.unravel_index(np.argmax(np.nan_to_num(part, nan=np.inf)), part.shape)
         assert part[worst] <= 1, (
             f"{self}: {np.sum(~(part <= 1))} of {part.size} values are off, at {worst} "
@@ -1007,6 +1009,38 @@ def sinusoid(t: np.ndarray, channels: int, flip: bool, shift: float) -> np.ndarr
     return np.pad(y, [*[(0, 0)] * (y.ndim - 1), (0, channels - 2 * half)])
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """a + b rounded to the nearest, ties to even: exactly, for it is all that happens.
+
+    Half of the sums lie halfway between two numbers, or next to that; some overflow, some are NaN.
+    Sums of bf16 and f16 are exact in fp32.  Subnormal numbers of fp32 may count as zero.
+    """
+
+    w: int
+
+    def label(self) -> str:
+        return f"rounding{self.w}"
+
+    def case(self, name: str, seed: int, kind: Type) -> Case:
+        build = Build(np.random.default_rng(seed))
+        exponents = build.rng.integers(-10, 10, (1, self.w, 16))
+        values = build.normal(1, self.w, 16) * 2.0**exponents
+        half = np.abs(values) * ROUNDING[kind] * build.rng.choice([1.0, 1.01, 0.99], values.shape)
+        exact = rounded(values, kind)
+        unit = 2.0 ** np.floor(np.log2(abs(exact))) * ROUNDING[kind]
+        other = np.where(build.rng.integers(0, 2, values.shape), unit, half)
+        top = {Type.F32: 3e38, Type.BF16: 3e38, Type.F16: 6e4}[kind]
+        values[0, 0, :8] = top, -top, np.nan, 1, np.inf, -np.inf, np.inf, 2.0**-14
+        other[0, 0, :8] = top, -top, 1, np.nan, 1, 1, -np.inf, -(2.0**-15) - 2.0**-24
+        a, b = build.tensor(values, kind), build.tensor(other, kind)
+        with np.errstate(invalid="ignore", over="ignore"):
+            y = rounded((a.values + b.values).astype(np.float32), kind)
+        out = build.tensor(np.zeros_like(values), kind, out=True)
+        bound = np.full_like(y, 1e-300)
+        return build.finish(name, seed, y, bound, kind=Kind.ADD, out=out, a=a, b=b)
+
+
 EXTREMES = (0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 104.0, -104.0, 3e4, -3e4)
 
 
@@ -1180,6 +1214,7 @@ def others() -> Iterator[Any]:
         yield Unary(3, 67, 17, act, two=True)
     yield Unary(4, 5, 33, two=True, border=(1, 1), wide=(16, 16))
     yield Unary(4, 5, 33, two=True, in_place=True)
+    yield Rounding(100)
     yield Load(5, 7, 4)
     yield Load(1, 1, 1, 1 / 0.18215, border=1)
     yield Load(4, 6, 17, 0.5, Act.TANH3, border=1, wide=(16, 32))
@@ -1219,6 +1254,8 @@ def _table() -> Iterator[tuple[str, Kind, Any, Any]]:
 
 
 def _kind(spec: Any) -> Kind:
+    if isinstance(spec, Rounding):
+        return Kind.ADD
     if isinstance(spec, Unary):
         return Kind.ADD if spec.two else Kind.UNARY
     return Kind[type(spec).__name__.upper()]

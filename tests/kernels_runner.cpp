@@ -1,5 +1,6 @@
-// Runs cases of the native engine's tests where Python cannot load it: under sanitizers, for another
-// machine under an emulator.  The arena and the weights are allocated at exactly their size.
+// Runs cases of the native engine's tests where Python cannot load it: under sanitizers, for
+// another machine under an emulator.  The arena and the weights are allocated at exactly their
+// size.
 //
 //   runner isas                      names, each with 1 if this machine runs it
 //   runner run ISA CASES RESULTS     the formats are those of tests/kernels_builds.py
@@ -48,7 +49,8 @@ void move_tensors(ft_op &op, uint64_t by) {
 }
 
 // The arena's tensors and its scratch come in either order, so that each is once at the end.
-Status run(Header &h, const char *isa, FILE *cases, std::vector<char> &tensors, std::string &message) {
+Status run(Header &h, const char *isa, FILE *cases, std::vector<char> &tensors,
+           std::string &message) {
     char line[512] = "";
     tensors.resize(h.arena_bytes);
     read_all(cases, tensors.data(), tensors.size());
@@ -61,13 +63,13 @@ Status run(Header &h, const char *isa, FILE *cases, std::vector<char> &tensors, 
     if (start) move_tensors(h.op, start);
     h.op.scratch = h.scratch_first ? 0 : (h.arena_bytes + 63) / 64 * 64;
     const uint64_t size = h.scratch_first ? start + h.arena_bytes
-                          : scratch      ? h.op.scratch + scratch
-                                         : h.arena_bytes;
+                          : scratch       ? h.op.scratch + scratch
+                                          : h.arena_bytes;
     Buffer arena(size);
     memset(arena.data, 0xff, size);
     memcpy(arena.at(start), tensors.data(), tensors.size());
-    ft_program *program = ft_program_create(&h.op, 1, size, h.weight_bytes, h.threads, isa, line,
-                                            sizeof line);
+    ft_program *program =
+        ft_program_create(&h.op, 1, size, h.weight_bytes, h.threads, isa, line, sizeof line);
     message = line;
     if (!program) return message.empty() ? CONTRADICTION : REFUSED;
     if (!malformed) ft_program_run(program, arena.data, weights.data, nullptr, nullptr);
@@ -100,7 +102,8 @@ int run_cases(const char *isa, const char *in, const char *out) {
 
 int list_isas() {
     printf("%u\n", ft_op_bytes());
-    for (uint32_t i = 0; ft_isa_name(i); i++) printf("%s %d\n", ft_isa_name(i), ft_isa_supported(i));
+    for (uint32_t i = 0; ft_isa_name(i); i++)
+        printf("%s %d\n", ft_isa_name(i), ft_isa_supported(i));
     return 0;
 }
 

@@ -17,7 +17,7 @@ from ferrotype.convert import ConvertError, convert, reference, stages, tokenize
 from ferrotype.convert import onnx as onnx_export
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.recipe import from_checkpoint
-from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
+from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX, Pipeline
 
 PROMPT = "a red apple on a sky blue background"
 PRECISIONS = {
@@ -29,9 +29,9 @@ PRECISIONS = {
 
 @pytest.fixture(scope="session")
 def bundles(trained, tmp_path_factory):
-    """The emoji checkpoint in every precision; the embedded bundle is one of them."""
+    """The emoji checkpoint in every precision; the embedded ONNX bundle is one of them."""
     folder = tmp_path_factory.mktemp("bundles")
-    made = {"w16": EMBEDDED}
+    made = {"w16": EMBEDDED_ONNX}
     for name in ("fp32", "fp16"):
         weights, activations, _ = PRECISIONS[name]
         made[name] = folder / f"{name}.ferro"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import ferrotype
+from ferrotype import bundle, kernels
+from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX
 
 ROOT = Path(ferrotype.__file__).parent
 FREE = {"errors", "_version"}  # what any layer may import
@@ -73,9 +75,14 @@ def test_help_loads_neither_onnxruntime_nor_torch_nor_numpy():
     assert not loaded_after(code) & {*HEAVY, "onnxruntime", "numpy", "PIL", "rich"}
 
 
-def test_drawing_loads_onnxruntime_but_not_torch():
-    names = loaded_after("import ferrotype\nferrotype.load().generate('a pizza', steps=1)")
-    assert "onnxruntime" in names
+@pytest.mark.parametrize("folder", [EMBEDDED, EMBEDDED_ONNX], ids=lambda folder: folder.name)
+def test_drawing_loads_its_own_engine_but_not_torch(folder):
+    target = bundle.load(folder).manifest.target
+    if target == "native" and not kernels.available():
+        pytest.skip("the native engine is not built")
+    code = f"import ferrotype\nferrotype.load({str(folder)!r}).generate('a pizza', steps=1)"
+    names = loaded_after(code)
+    assert ("onnxruntime" in names) == (target == "onnx")
     assert not names & {*HEAVY, "coremltools", "tensorrt", "tensorrt_rtx", "cuda"}
 
 

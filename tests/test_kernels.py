@@ -23,10 +23,10 @@ from ferrotype.tests.kernels_cases import Case, padded
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
 
 SEED = int(os.environ.get("KERNEL_SEED") or secrets.randbits(32))  # new inputs at every run
-HERE = kernels.isas(supported=False) if kernels.available() else []  # of this build, faster first
+HERE = kernels.isas(supported=False) if kernels.available() else []  # fastest first
 # What the builds of kernels_builds.py run: instruction sets by build, and by processor emulated.
 ELSEWHERE = [
-    *(("sanitized", None, isa) for isa in ("amx", "avx512bf16", "avx512", "avx2", "scalar")),
+    *(("sanitized", None, isa) for isa in HERE),
     ("arm64", "max", "neon-bf16"),
     ("arm64", "cortex-a72", "neon"),
     ("arm64", "cortex-a72", "scalar"),
@@ -99,7 +99,8 @@ def test_instruction_sets_agree_with_each_other(kind):
         expected = case.result(run(case, first))
         for isa in others:
             found = case.result(run(case, isa))
-            assert (abs(found - expected) <= 2 * case.bound).all(), f"{case}: {isa}, not {first}"
+            near = np.isclose(found, expected, rtol=0, atol=2 * case.bound, equal_nan=True)
+            assert near.all(), f"{case}: {isa}, not {first}"
 
     none_wrong(kind, verdict)
 
@@ -131,6 +132,18 @@ def test_a_program_runs_again_to_the_same_bytes(kind):
         assert np.array_equal(arena[: case.arena.size], first), case
 
     none_wrong(kind, verdict)
+
+
+def test_winograd_is_what_runs_where_it_is_asked_for():
+    """It takes more scratch; and a large image goes through it in bands."""
+    large = table.MatMul(64, 130, (64,), 64, side=3, border=(1, 1), winograd=True)
+    case = large.case("bands", SEED, (Type.F32, Type.F32))
+    direct = kernels.scratch(changed(case.op, "winograd", 0), 2)
+    assert kernels.scratch(case.op, 2) > 8 * direct
+    expected = run(case, kernels.isas()[0], 3)
+    for isa in kernels.isas():
+        case.check(run(case, isa))
+    assert np.array_equal(run(case, kernels.isas()[0], 1), expected)
 
 
 def test_a_program_of_many_ops_runs_them_in_order_and_times_each():
@@ -209,12 +222,12 @@ def test_every_pair_of_types_that_a_set_multiplies_is_in_the_table():
                     assert (a, weight) not in listed, isa
 
 
-def test_every_instruction_set_is_run_somewhere(runner):
-    listed = {isa for _, _, isa in ELSEWHERE}
-    assert set(HERE) <= listed
-    assert HERE[-1] == "scalar"
-    for build in BUILDS:
-        assert set(runner(build).isas) == {isa for name, _, isa in ELSEWHERE if name == build}
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_instruction_set_is_run_somewhere(build, runner):
+    isas = runner(build).isas
+    assert set(isas) == {isa for name, _, isa in ELSEWHERE if name == build}
+    assert list(isas)[-1] == "scalar"
+    assert isas.get("amx") == isas.get("avx512bf16"), "the emulation of AMX is not used"
 
 
 def test_an_installation_compiles_every_source():
@@ -568,7 +581,7 @@ def spoil(op: Op, rng: np.random.Generator) -> None:
         setattr(structure, name, choices[rng.integers(len(choices))])
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512bf16", "avx2", "scalar"])
+@pytest.mark.parametrize("isa", HERE)
 def test_random_ops_are_refused_or_stay_in_their_arena(isa, runner):
     one = runner("sanitized")
     if not one.isas[isa]:
@@ -610,16 +623,24 @@ def thread_count() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+def threads_become(count: int) -> bool:
+    """Whether there are so many; threads that were joined may be listed a moment longer."""
+    end = time.monotonic() + 2
+    while thread_count() != count and time.monotonic() < end:
+        time.sleep(0.001)
+    return thread_count() == count
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_programs_end_their_threads():
     before = thread_count()
     for i in range(200):
         program, arena, weights = large(1 + i % 9)
-        assert thread_count() == before + i % 9
+        assert threads_become(before + i % 9)
         if i % 3:
             program.run(arena, weights)
         del program
-    assert thread_count() == before
+    assert threads_become(before)
 
 
 def test_programs_run_side_by_side():

@@ -34,6 +34,18 @@ def test_mypy(tmp_path):
     run("mypy", "--config-file", config, "--cache-dir", cache, "-p", "ferrotype", cwd=tmp_path)
 
 
+def test_clang_format():
+    sources = [*ROOT.glob("kernels/*.[ch]*"), *ROOT.glob("tests/*.cpp")]
+    call = "import clang_format; clang_format.clang_format()"
+    done = subprocess.run(
+        [sys.executable, "-c", call, "--dry-run", "-Werror", *sources],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def help_page():
     """docs/cli.md: the help of every command, as it is printed."""
     parts = ["# The command line\n\nWritten by `python tests/test_lint.py`; a test compares.\n"]

@@ -18,7 +18,7 @@ from ferrotype.convert import TensorrtOptions, convert, tensorrt
 from ferrotype.parity import floors
 from ferrotype.quantize.recipe import Recipe
 from ferrotype.runtime import check
-from ferrotype.runtime.pipeline import EMBEDDED
+from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX
 
 THREE = "8.6,8.9,12.0"
 
@@ -47,8 +47,8 @@ def for_gpus(checkpoint):
 
 @pytest.fixture
 def emoji_with_check(tmp_path):
-    """A copy of the embedded bundle to break."""
-    return shutil.copytree(EMBEDDED, tmp_path / "copy.ferro")
+    """A copy of the embedded ONNX bundle to break."""
+    return shutil.copytree(EMBEDDED_ONNX, tmp_path / "copy.ferro")
 
 
 def invoke(*args):
@@ -242,7 +242,7 @@ def test_a_damaged_check_is_one_line(emoji_with_check, name, damage, message):
 
 
 def test_a_check_is_compared_by_the_runs_of_the_original():
-    opened = bundle.load(EMBEDDED)
+    opened = bundle.load(EMBEDDED_ONNX)
     report = check.compare(opened)
     assert list(check.problems(report)) == []
     report["components"]["unet"]["out_sample"]["psnr"] = 49.9

@@ -10,19 +10,26 @@ from ...bundle import Bundle, BundleError, Tensor
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Arrays], Arrays]
-TARGETS = ("onnx", "coreml", "tensorrt")
+TARGETS = ("onnx", "native", "coreml", "tensorrt")
 
 
-def open_engine(bundle: Bundle, component: str, threads: int | None = None) -> Engine:
+def open_engine(
+    bundle: Bundle, component: str, threads: int | None = None, isa: str | None = None
+) -> Engine:
     """Load a component of the bundle on the engine of its target; dropping the result frees it.
 
-    Raises BundleError if the component cannot be loaded.
+    `isa` is an instruction set by name, for the native engine alone.  Raises BundleError if the
+    component cannot be loaded.
     """
     match bundle.manifest.target:
         case "onnx":
             from .onnx import OnnxEngine
 
             return OnnxEngine(bundle, component, threads)
+        case "native":
+            from .native import NativeEngine
+
+            return NativeEngine(bundle, component, threads, isa)
         case "coreml":
             from .coreml import CoremlEngine
 

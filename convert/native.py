@@ -1,0 +1,324 @@
+"""Weights as the native engine reads them: packed for its kernels, tensor by tensor into one file.
+
+The layout is one for every instruction set: blocks of 16 outputs, and of 16-bit weights the inputs
+in pairs; docs/engine.md draws it.  Neither torch nor the engine is needed, and the same checkpoint
+gives the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..bundle import Bundle, Memory, Precision
+from ..kernels import LANES, Type
+from ..runtime import models
+from ..runtime.engines.native import DTYPES as NATIVE
+from ..runtime.engines.native import FORMAT, INDEX, WEIGHTS, read_index, widen, write_input
+from ..runtime.plan import plan
+from ..runtime.program import LINE, TYPES, Node, Packed, Value, Weight, padded, round_up
+from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
+from .rounding import to_bf16, to_half
+
+NAMES = {kind: name for name, kind in TYPES.items()}
+DTYPES = {Type.F32: "<f4", Type.BF16: "<u2", Type.F16: "<f2"}  # bfloat16 as its bits
+PAGE = 4096  # what matrices are aligned to
+ROWS = 4 * LANES  # outputs that are packed at once: what is held beside the tensor itself
+THREADS = (1, 4)  # that a bundle states its memory for
+VECTORS = ("vector", "geglu_vector")
+PARTS = {  # component -> what its tensors in the file of the autoencoder begin with
+    "vae_decoder": ("decoder.", "post_quant_conv."),
+    "vae_encoder": ("encoder.", "quant_conv."),
+}
+# Rows (and columns) of a 3x3 filter that meet one source pixel when the image is doubled before,
+# by whether the output's row is odd.
+DOUBLED = (((0,), (1, 2)), ((0, 1), (2,)))
+
+
+def write(
+    checkpoint: Checkpoint,
+    component: str,
+    requests: Sequence[Packed],
+    folder: Path,
+    weights: str,
+) -> dict[str, int]:
+    """Write weights.bin and weights.json; return how many values fp16 rounds to zero, by tensor.
+
+    `weights` is what matrices are stored as: fp32, bf16 or fp16.  Raises ConvertError, also for a
+    tensor of the checkpoint that no request reads.
+    """
+    tensors = Tensors(checkpoint, _folder(component))
+    names = _names(checkpoint, component, requests, tensors)
+    places = layout(requests, TYPES[weights])
+    lost: dict[str, int] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / WEIGHTS).open("wb") as file:
+        for request in requests:
+            place = places[request.name]
+            file.write(bytes(place.offset - file.tell()))
+            for panel in _panels(request, (tensors[names[s]] for s in request.sources)):
+                file.write(_stored(request.name, panel, place.type, lost).data)
+        size = file.tell()
+    entries = {
+        request.name: {
+            "form": request.form,
+            "type": NAMES[places[request.name].type],
+            "offset": places[request.name].offset,
+            "bytes": places[request.name].bytes,
+            "shape": list(request.shape(TYPES[weights])),
+        }
+        for request in requests
+    }
+    index = {"format": FORMAT, "bytes": size, "tensors": entries}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return lost
+
+
+def layout(requests: Sequence[Packed], weights: Type) -> dict[str, Weight]:
+    """Where each tensor lies in the file, one after the other, by name."""
+    places: dict[str, Weight] = {}
+    end = 0
+    for request in requests:
+        kind = request.type(weights)
+        start = round_up(end, PAGE if request.is_matrix else LINE)
+        end = start + math.prod(request.shape(weights)) * kind.bytes
+        places[request.name] = Weight(kind, start, end - start)
+    return places
+
+
+def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndarray:
+    """The bytes of one tensor, made of the checkpoint's `arrays` in the order of its sources."""
+    kind = request.type(TYPES[weights])
+    parts = [_stored(request.name, panel, kind, {}) for panel in _panels(request, arrays)]
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def memory(
+    component: str,
+    config: Mapping[str, Any],
+    outputs: Collection[str],
+    shapes: models.Shapes,
+    precision: Precision,
+) -> dict[str, Memory]:
+    """What the engine needs for inputs of these shapes, by the number of threads."""
+    kind, weights = TYPES[precision.activations], TYPES[precision.weights]
+    graph = models.build(component, config, shapes, kind, outputs)
+    places = layout(graph.packed, weights)
+    size = max(place.offset + place.bytes for place in places.values())
+    found = {}
+    for threads in THREADS:
+        placed = plan(graph, places, partial(kernels.scratch, threads=threads))
+        held = max(live - own for live, own in zip(placed.live, placed.scratch, strict=True))
+        name = f"{threads} thread{'s' if threads > 1 else ''}"
+        found[name] = Memory(size, held, placed.arena_bytes - held)
+    return found
+
+
+def run_ops(
+    bundle: Bundle, component: str, inputs: Mapping[str, np.ndarray], isa: str | None = None
+) -> Iterator[tuple[Node, np.ndarray, np.ndarray | None, np.ndarray | None]]:
+    """Run a component op by op: each node with its output and what it added, (pixels, channels).
+
+    That is the residual and the vector of a matrix product, as they were before the op ran.
+    """
+    spec, folder = bundle.component(component), bundle.path(component)
+    places = read_index(folder, models.weights(component, spec.config, spec.outputs))
+    shapes = {name: np.shape(value) for name, value in inputs.items()}
+    kind = TYPES[bundle.manifest.precision.activations]
+    graph = models.build(component, spec.config, shapes, kind, spec.outputs)
+    placed = plan(graph, places, lambda op: kernels.scratch(op, 1, isa))
+    arena = kernels.aligned(placed.arena_bytes)
+    weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
+    for entry in graph.inputs:
+        write_input(arena, placed, entry, inputs[entry.name])
+
+    def read(value: Value | None) -> np.ndarray | None:
+        if value is None or value.storage.planar:
+            return None
+        s, size = value.storage, value.storage.type.bytes
+        start = placed.offsets[s] + value.first * size
+        strides = (s.row * size, s.pixel * size, size)
+        pixels = np.ndarray((s.h, s.w, value.c), NATIVE[s.type], arena.data, start, strides)
+        return widen(pixels, s.type).reshape(-1, value.c)
+
+    for node, op in zip(graph.nodes, placed.ops, strict=True):
+        residual, added = read(node.c), read(node.add)
+        kernels.Program([op], placed.arena_bytes, weights.nbytes, 1, isa).run(arena, weights)
+        found = read(node.out)
+        if found is not None:
+            yield node, found, residual, added
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def _folder(component: str) -> str:
+    """The checkpoint's folder that holds a component."""
+    return "vae" if component in PARTS else component
+
+
+def _names(
+    checkpoint: Checkpoint, component: str, requests: Sequence[Packed], tensors: Tensors
+) -> dict[str, str]:
+    """The name in the checkpoint's files of every source; what no request reads is an error."""
+    found = {_plain_name(component, name): name for name in tensors}
+    sources = {source for request in requests for source in request.sources}
+    names = {source: found.get(_plain_name(component, source), "") for source in sources}
+    missing = sorted(source for source, name in names.items() if not name)
+    unread = set(tensors) - set(names.values())
+    left = sorted(n for n in unread if not _is_ignored(checkpoint, component, n))
+    for problem, those in (("are missing", missing), ("are read by no layer", left)):
+        if those:
+            raise CheckpointError(
+                f"{component}: {len(those)} weights {problem} ({', '.join(those[:5])}); "
+                "its config.json and its weights do not belong together"
+            )
+    return names
+
+
+def _plain_name(component: str, name: str) -> str:
+    """What a tensor is called today, without the prefix that some files of CLIP have."""
+    name = new_attention_name(name) if component in PARTS else name
+    return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
+
+
+def _is_ignored(checkpoint: Checkpoint, component: str, name: str) -> bool:
+    """Whether a tensor may be left out of the file, because nobody reads it there."""
+    if component in PARTS:  # the other half of the autoencoder is another component
+        return name.startswith(next(p for part, p in PARTS.items() if part != component))
+    if name.endswith("position_ids"):  # 0, 1, 2 ...: old files carry it
+        return True
+    if component != "text_encoder" or checkpoint.family != "sdxl":
+        return False
+    last = checkpoint.configs[component]["num_hidden_layers"] - 1  # SDXL reads those before it
+    plain = _plain_name(component, name)
+    return plain.startswith((f"encoder.layers.{last}.", "final_layer_norm."))
+
+
+# --- the layout ---------------------------------------------------------------------------------
+
+
+def _panels(request: Packed, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """A tensor as float32 in the order of the file, a few outputs at a time.
+
+    Of a matrix (blocks, taps, inputs, 16), of a table (rows, values), of a vector (values,).
+    """
+    source = _checked(request, _joined(arrays))
+    order = _order(request)
+    if request.form in VECTORS:
+        yield _take(source, order)
+    elif request.form == "table":
+        for first in range(0, len(source), ROWS):
+            yield _pad_inputs(source[first : first + ROWS], request.inputs)
+    elif request.form == "upsample":
+        for rows in DOUBLED:
+            for columns in DOUBLED:
+                for first in range(0, len(order), ROWS):
+                    filters = _take(source, order[first : first + ROWS])
+                    yield _blocks(_quarter(filters, rows, columns), request.inputs)
+    else:
+        for first in range(0, len(order), ROWS):
+            yield _blocks(_take(source, order[first : first + ROWS]), request.inputs)
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    first, *others = arrays
+    return np.concatenate([first, *others]) if others else first
+
+
+def _checked(request: Packed, source: np.ndarray) -> np.ndarray:
+    """A matrix as (outputs, inputs, taps), others as they are; refuses what has another shape."""
+    outputs, inputs = request.outputs, sum(request.inputs)
+    if request.form in VECTORS:
+        expected: tuple[int, ...] = (outputs,)
+    elif request.form == "table":
+        expected = (outputs, inputs)
+    else:
+        taps = request.side**2
+        if source.shape == (outputs, inputs):  # a linear layer is a convolution of one pixel
+            source = source[:, :, None, None]
+        expected = (outputs, inputs, request.side, request.side)
+        if source.shape == expected:
+            return source.reshape(outputs, inputs, taps)
+    if source.shape != expected:
+        raise CheckpointError(
+            f"{request.name}: {', '.join(request.sources)} is {source.shape}, the layer needs "
+            f"{expected}: config.json and weights do not belong together"
+        )
+    return source
+
+
+def _order(request: Packed) -> np.ndarray:
+    """The outputs as they are stored, -1 where none is: blocks are whole.
+
+    GEGLU's values and gates, the two halves of the source, alternate block by block.
+    """
+    if request.form not in ("geglu", "geglu_vector"):
+        return _whole_blocks(np.arange(request.outputs))
+    halves = np.arange(request.outputs).reshape(2, -1)
+    value, gate = (_whole_blocks(half).reshape(-1, LANES) for half in halves)
+    return np.stack([value, gate], axis=1).reshape(-1)
+
+
+def _whole_blocks(outputs: np.ndarray) -> np.ndarray:
+    return np.pad(outputs, (0, -len(outputs) % LANES), constant_values=-1)
+
+
+def _take(source: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Those outputs of the source, zeros for -1."""
+    taken = np.zeros((len(order), *source.shape[1:]), np.float32)
+    taken[order >= 0] = source[order[order >= 0]]
+    return taken
+
+
+def _quarter(
+    filters: np.ndarray, rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """The 2x2 filters, (outputs, inputs, 4), that 3x3 ones are at one parity of a doubled image."""
+    wide = filters.astype(np.float64).reshape(*filters.shape[:2], 3, 3)
+    taps = [
+        sum(wide[:, :, y, x] for y in together for x in beside)
+        for together in rows
+        for beside in columns
+    ]
+    return np.stack(taps, axis=-1).astype(np.float32)
+
+
+def _blocks(filters: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
+    """(outputs, inputs, taps) to (blocks, taps, inputs, 16)."""
+    by_tap = _pad_inputs(filters.transpose(2, 0, 1), inputs)  # (taps, outputs, inputs)
+    taps, outputs, padded = by_tap.shape
+    blocks = by_tap.reshape(taps, outputs // LANES, LANES, padded)
+    return np.ascontiguousarray(blocks.transpose(1, 0, 3, 2))
+
+
+def _pad_inputs(values: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
+    """The last axis, of several sources side by side, each filled up to whole blocks."""
+    filled = np.zeros((*values.shape[:-1], sum(map(padded, inputs))), np.float32)
+    source = target = 0
+    for count in inputs:
+        filled[..., target : target + count] = values[..., source : source + count]
+        source, target = source + count, target + padded(count)
+    return filled
+
+
+def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> np.ndarray:
+    """A panel in the type of the file, contiguous; bfloat16 with the inputs in pairs."""
+    if kind is Type.F32:
+        return np.ascontiguousarray(panel, DTYPES[kind])
+    if kind is Type.F16:
+        zeros: dict[str, int] = {}
+        half = to_half(name, panel, zeros)
+        if zeros:
+            lost[name] = lost.get(name, 0) + zeros[name]
+        return np.ascontiguousarray(half, DTYPES[kind])
+    blocks, taps, inputs, _ = panel.shape
+    pairs = to_bf16(name, panel).reshape(blocks, taps, inputs // 2, 2, LANES).swapaxes(3, 4)
+    return np.ascontiguousarray(pairs, DTYPES[kind])
