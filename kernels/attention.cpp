@@ -10,8 +10,8 @@
 namespace ft {
 namespace {
 
-constexpr int64_t KEYS = 256;   // in a block: 48 x 256 scores in fp32 are 48 KiB
-constexpr int64_t QUERIES = 48; // about; a multiple of the tile's rows
+constexpr int64_t KEYS = 512;   // in a block: 48 x 256 scores in fp32 are 48 KiB
+constexpr int64_t QUERIES = 24; // about; a multiple of the tile's rows
 constexpr float LOG2E = 1.44269504f;
 
 struct Plan {

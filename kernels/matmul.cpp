@@ -183,6 +183,20 @@ struct Run {
         }
     }
 
+    // What finish() will touch is on its way while the sums are made.
+    void fetch(int64_t pixel, int rows, int parity, int64_t panel) const {
+        const int64_t channel = panel * TILE / (op.geglu ? 2 : 1), size = type_bytes(op.out.type);
+        const int64_t bytes = (op.geglu ? TILE / 2 : TILE) * size;
+        each_pixel(pixel, rows, [&](int, int64_t y, int64_t x) {
+            if (op.upsample) y = 2 * y + (parity >> 1), x = 2 * x + (parity & 1);
+            for (int64_t line = 0; line < bytes; line += 64) {
+                __builtin_prefetch(context.at(op.out, y, x) + channel * size + line, 1, 3);
+                if (op.c.h)
+                    __builtin_prefetch(context.at(op.c, y, x) + channel * size + line, 0, 3);
+            }
+        });
+    }
+
     void finish(const float *acc, int64_t pixel, int rows, int parity, int64_t panel) const {
         const int64_t first = panel * MAX_BLOCKS, left = plan.blocks - first;
         int64_t ys[MAX_ROWS], xs[MAX_ROWS];
@@ -210,6 +224,7 @@ struct Run {
             for (int64_t p = start; p < end; p += kernel.rows) {
                 const int rows = int(end - p < kernel.rows ? end - p : kernel.rows);
                 float *sum = plan.chunk_count > 1 ? acc + (p - start) * TILE : acc;
+                if (last) fetch(p, rows, parity, panel);
                 sums(sum, plan.chunks[c], p, rows, parity, panel, c > 0);
                 if (last) finish(sum, p, rows, parity, panel);
             }

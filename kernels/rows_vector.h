@@ -13,7 +13,11 @@ using ft::LANES;
 
 template <class V> struct F32 {
     static constexpr int BYTES = 4;
-    static constexpr bool SHORT = false; // keeps less than exp2_short gives
+    static constexpr bool SHORT = false;                  // keeps less than exp2_short gives
+    static typename V::F keep(char *p, typename V::F x) { // store; what load would give
+        store(p, x);
+        return x;
+    }
     static typename V::F load(const char *p) { return V::load(reinterpret_cast<const float *>(p)); }
     static void store(char *p, typename V::F x) { V::store(reinterpret_cast<float *>(p), x); }
 };
@@ -21,6 +25,9 @@ template <class V> struct F32 {
 template <class V> struct Bf16 {
     static constexpr int BYTES = 2;
     static constexpr bool SHORT = true;
+    static typename V::F keep(char *p, typename V::F x) {
+        return V::keep_bf16(reinterpret_cast<uint16_t *>(p), x);
+    }
     static typename V::F load(const char *p) {
         return V::load_bf16(reinterpret_cast<const uint16_t *>(p));
     }
@@ -32,6 +39,10 @@ template <class V> struct Bf16 {
 template <class V> struct F16 {
     static constexpr int BYTES = 2;
     static constexpr bool SHORT = false;
+    static typename V::F keep(char *p, typename V::F x) {
+        store(p, x);
+        return load(p);
+    }
     static typename V::F load(const char *p) {
         return V::load_f16(reinterpret_cast<const uint16_t *>(p));
     }
@@ -51,25 +62,36 @@ template <class V> struct Math {
         return sum;
     }
 
-    // 2^x for x <= 127; zero, or nearly so, below V::LEAST.  Minimax over [-0.5, 0.5]: 2e-9.
+    // 2^x for x <= 127; zero, or nearly so, below V::LEAST.  Minimax: relative error 2e-9.
     static F exp2(F x) {
-        static constexpr float c[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f,
-                                      5.55033247e-2f, 9.61843736e-3f, 1.33988744e-3f,
-                                      1.53533618e-4f};
-        return exp2_by(x, c);
+        static constexpr float around[] = {1.0f,           6.93147203e-1f, 2.40226479e-1f,
+                                           5.55033247e-2f, 9.61843736e-3f, 1.33988744e-3f,
+                                           1.53533618e-4f};
+        static constexpr float above[] = {1.0f,           6.93147004e-1f, 2.40229830e-1f,
+                                          5.54833412e-2f, 9.67884064e-3f, 1.24396884e-3f,
+                                          2.17022549e-4f};
+        return exp2_by(x, around, above);
     }
 
     // The same for a result that is rounded to bf16: 8e-5, a fiftieth of its last place.
     static F exp2_short(F x) {
-        static constexpr float c[] = {9.99928073e-1f, 6.93260986e-1f, 2.42611131e-1f,
-                                      5.51716694e-2f};
-        return exp2_by(x, c);
+        static constexpr float around[] = {9.99928073e-1f, 6.93260986e-1f, 2.42611131e-1f,
+                                           5.51716694e-2f};
+        static constexpr float above[] = {9.99925196e-1f, 6.95833564e-1f, 2.26067156e-1f,
+                                          7.80245215e-2f};
+        return exp2_by(x, around, above);
     }
 
-    template <int N> static F exp2_by(F x, const float (&c)[N]) {
-        x = V::max(V::set(V::LEAST), x);
-        const F n = V::round(x);
-        return V::scale2(polynomial(V::sub(x, n), c), n);
+    // 2^whole times a polynomial in the rest: over [-0.5, 0.5], or over [0, 1) where one
+    // instruction splits there.
+    template <int N> static F exp2_by(F x, const float (&around)[N], const float (&above)[N]) {
+        if constexpr (V::SPLITS) {
+            return V::scale2(polynomial(V::above_whole(x), above), x);
+        } else {
+            x = V::max(V::set(V::LEAST), x);
+            const F n = V::round(x);
+            return V::scale2(polynomial(V::sub(x, n), around), n);
+        }
     }
 
     // x / (1 + e^(-a x)), by e^-|a x|, which does not overflow
@@ -152,28 +174,32 @@ template <class V, class T> struct TypedRows {
         }
     }
 
-    static F weights(const ft::Softmax &s, int i, F scale, F minus) {
-        const F x = V::fma(V::load(s.scores + i), scale, minus);
+    static F weights(const float *scores, F scale, F minus) {
+        const F x = V::fma(V::load(scores), scale, minus);
         return T::SHORT ? M::exp2_short(x) : M::exp2(x);
     }
 
     // The weights from `top`, zeros behind them; the sum is of the weights as they are used.
     static float softmax(const ft::Softmax &s, float top) {
         const F scale = V::set(s.scale), minus = V::set(-top);
-        F sum = V::zero();
+        const float *scores = s.scores;
+        char *out = s.out;
+        const int valid = s.valid, padded = s.padded;
+        F sum = V::zero(), more = V::zero(); // two, so that none waits for the one before
         int i = 0;
-        for (; i + LANES <= s.valid; i += LANES) {
-            T::store(s.out + i * T::BYTES, weights(s, i, scale, minus));
-            sum = V::add(sum, T::load(s.out + i * T::BYTES));
+        for (; i + 2 * LANES <= valid; i += 2 * LANES) {
+            const F a = weights(scores + i, scale, minus);
+            const F b = weights(scores + i + LANES, scale, minus);
+            sum = V::add(sum, T::keep(out + i * T::BYTES, a));
+            more = V::add(more, T::keep(out + (i + LANES) * T::BYTES, b));
         }
-        for (; i < s.padded; i += LANES) {
-            const int left = s.valid - i;
+        for (; i < padded; i += LANES) {
             F p = V::zero();
-            if (left > 0) p = V::keep(weights(s, i, scale, minus), left, V::zero());
-            T::store(s.out + i * T::BYTES, p);
-            sum = V::add(sum, T::load(s.out + i * T::BYTES));
+            if (i < valid) p = weights(scores + i, scale, minus);
+            if (i < valid && valid - i < LANES) p = V::keep(p, valid - i, V::zero());
+            sum = V::add(sum, T::keep(out + i * T::BYTES, p));
         }
-        return V::sum(sum);
+        return V::sum(V::add(sum, more));
     }
 
     static void scaled(char *out, const float *acc, float f, int n) {

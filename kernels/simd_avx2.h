@@ -14,7 +14,8 @@ struct V {
     struct F {
         __m256 lo, hi;
     };
-    static constexpr float LEAST = -127; // 2^x is zero from here
+    static constexpr bool SPLITS = false; // of x into its floor and the rest, at once
+    static constexpr float LEAST = -127;  // 2^x is zero from here
     static constexpr int MOMENT_BLOCKS = 2;
     static constexpr int BURN = 6;
 
@@ -29,6 +30,10 @@ struct V {
     static void store_bf16(uint16_t *p, F x) {
         const __m256i packed = _mm256_packus_epi32(narrow_bf16(x.lo), narrow_bf16(x.hi));
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+    static F keep_bf16(uint16_t *p, F x) { // store; what load would give
+        store_bf16(p, x);
+        return load_bf16(p);
     }
     static F load_f16(const uint16_t *p) {
         return {_mm256_cvtph_ps(half(p)), _mm256_cvtph_ps(half(p + 8))};

@@ -16,7 +16,7 @@ namespace avx512 {
 
 struct V {
     typedef __m512 F;
-    static constexpr float LEAST = -200; // 2^x is zero from here
+    static constexpr bool SPLITS = true;
     static constexpr int MOMENT_BLOCKS = 4;
     static constexpr int BURN = 12;
     static F zero() { return _mm512_setzero_ps(); }
@@ -35,6 +35,10 @@ struct V {
         r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    }
+    static F keep_bf16(uint16_t *p, F x) { // store; what load would give
+        store_bf16(p, x);
+        return load_bf16(p);
     }
     static F load_f16(const uint16_t *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
@@ -64,8 +68,8 @@ struct V {
     static F keep(F a, int n, F rest) { // the first n, 0 < n < 16, of a, then of rest
         return _mm512_mask_blend_ps(__mmask16((1u << n) - 1), rest, a);
     }
-    static F round(F a) { return _mm512_roundscale_ps(a, 8); }
-    static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); } // a * 2^n, n whole, from LEAST
+    static F above_whole(F a) { return _mm512_reduce_ps(a, 9); } // a - floor(a)
+    static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); } // a * 2^floor(n)
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
     static float top(F a) { return _mm512_reduce_max_ps(a); }
 };

@@ -10,7 +10,8 @@ struct V {
     struct F {
         float32x4_t a, b, c, d;
     };
-    static constexpr float LEAST = -127; // 2^x is zero from here
+    static constexpr bool SPLITS = false; // of x into its floor and the rest, at once
+    static constexpr float LEAST = -127;  // 2^x is zero from here
     static constexpr int MOMENT_BLOCKS = 2;
     static constexpr int BURN = 6;
 
@@ -34,6 +35,10 @@ struct V {
     static void store_bf16(uint16_t *p, F x) {
         vst1q_u16(p, vcombine_u16(narrow_bf16(x.a), narrow_bf16(x.b)));
         vst1q_u16(p + 8, vcombine_u16(narrow_bf16(x.c), narrow_bf16(x.d)));
+    }
+    static F keep_bf16(uint16_t *p, F x) { // store; what load would give
+        store_bf16(p, x);
+        return load_bf16(p);
     }
     static F load_f16(const uint16_t *p) {
         return {widen_f16(p), widen_f16(p + 4), widen_f16(p + 8), widen_f16(p + 12)};

@@ -14,7 +14,7 @@ constexpr int64_t GROUP = 48;           // tiles whose sums wait for their outpu
 // The 16 positions lie so far apart that they do not fall into the same few lines of a cache.
 constexpr int64_t SKEW = 64;
 constexpr int64_t SUM_POSITION = GROUP * TILE + SKEW / int64_t(sizeof(float)); // floats
-constexpr int64_t JOB_TILES = 256; // about: what a panel's transformed weights are spent on
+constexpr int64_t JOB_GROUPS = 5; // at most: what a panel's transformed weights serve
 constexpr int64_t LEAST_TILES = 64, LEAST_CHANNELS = 64; // below, transforms cost what they save
 
 struct Plan {
@@ -27,9 +27,6 @@ struct Plan {
     int64_t position() const { return GROUP * tile() + SKEW; } // of pixels, in bytes
     int64_t group() const { return POSITIONS * position(); }
     int64_t pixel_bytes() const { return (band_rows * across + GROUP - 1) / GROUP * group(); }
-    char *pixels(char *scratch, int64_t t) const { // of tile t of a band, at the first position
-        return scratch + t / GROUP * group() + t % GROUP * tile();
-    }
     int64_t block() const { return channels * LANES * element; }
     int64_t weight_position() const { return MAX_BLOCKS * block() + SKEW; }
     int64_t weight_bytes() const { return POSITIONS * weight_position(); }
@@ -68,11 +65,13 @@ struct Run {
     }
 
     void transform_pixels(int64_t band_row, int64_t y) const { // a row of tiles
-        for (int64_t x = 0; x < plan.across; x++)
+        for (int64_t x = 0; x < plan.across; x++) {
+            const int64_t t = y * plan.across + x; // of the band
             context.kernels->winograd.input(
-                plan.pixels(pixels(), y * plan.across + x), plan.position(),
+                pixels() + t / GROUP * plan.group() + t % GROUP * plan.tile(), plan.position(),
                 context.at(op.a, 2 * (band_row + y) - 1, 2 * x - 1), bytes_of_row(op.a),
                 bytes_of_pixel(op.a), op.a.type, int(plan.channels));
+        }
     }
 
     int blocks_of(int64_t panel) const {
@@ -89,34 +88,37 @@ struct Run {
                                               plan.channels * LANES);
     }
 
-    // Sums of tiles first .. first + count at one position.
-    void products(int64_t first, int64_t count, int position, int blocks, const char *u,
-                  float *m) const {
-        const int64_t tap = 0;
+    // Sums at one position of the first `count` tiles from `v`.
+    void products(const char *v, int64_t count, int blocks, const char *u, float *m) const {
+        const int64_t tap = 0, tile = plan.tile();
         for (int b = 0; b < blocks; b += kernel.blocks)
             for (int64_t t = 0; t < count; t += kernel.rows) {
                 const char *row[MAX_ROWS];
                 const int rows = int(count - t < kernel.rows ? count - t : kernel.rows);
-                for (int r = 0; r < rows; r++)
-                    row[r] = plan.pixels(pixels(), first + t + r) + position * plan.position();
-                for (int r = 0; r < rows; r++) // the next rows, while these are multiplied
-                    for (int64_t line = 0; line < plan.tile(); line += 64)
-                        __builtin_prefetch(row[r] + rows * plan.tile() + line, 0, 2);
-                kernel.run({row, &tap, 1, int32_t(plan.channels),
-                            u + position * plan.weight_position() + b * plan.block(), plan.block(),
-                            rows, blocks - b < kernel.blocks ? blocks - b : kernel.blocks, 0, TILE,
-                            m + position * SUM_POSITION + t * TILE + b * LANES});
+                for (int r = 0; r < rows; r++) row[r] = v + (t + r) * tile;
+                const char *next = v + (t + rows) * tile; // on its way while these are multiplied
+                for (int64_t line = 0; line < rows * tile; line += 64)
+                    __builtin_prefetch(next + line, 0, 2);
+                kernel.run({row, &tap, 1, int32_t(plan.channels), u + b * plan.block(),
+                            plan.block(), rows,
+                            blocks - b < kernel.blocks ? blocks - b : kernel.blocks, 0, TILE,
+                            m + t * TILE + b * LANES});
             }
     }
 
-    void job(int64_t band_row, int64_t first, int64_t last, int64_t panel, int thread) const {
+    // A panel of outputs of some groups of a band's tiles.
+    void job(int64_t band_row, int64_t first, int64_t last, int64_t tiles, int64_t panel,
+             int thread) const {
         const int blocks = blocks_of(panel);
         char *u = weights(thread);
         float *m = sums(thread), *out = m + POSITIONS * SUM_POSITION;
         transform_weights(panel, u);
-        for (int64_t start = first; start < last; start += GROUP) {
-            const int64_t count = last - start < GROUP ? last - start : GROUP;
-            for (int p = 0; p < POSITIONS; p++) products(start, count, p, blocks, u, m);
+        for (int64_t g = first; g < last; g++) {
+            const int64_t start = g * GROUP;
+            const int64_t count = tiles - start < GROUP ? tiles - start : GROUP;
+            for (int p = 0; p < POSITIONS; p++)
+                products(pixels() + g * plan.group() + p * plan.position(), count, blocks,
+                         u + p * plan.weight_position(), m + p * SUM_POSITION);
             for (int64_t t = 0; t < count; t++) {
                 const int64_t y = 2 * (band_row + (start + t) / plan.across);
                 const int64_t x = 2 * ((start + t) % plan.across);
@@ -132,12 +134,14 @@ struct Run {
             plan.down - band_row < plan.band_rows ? plan.down - band_row : plan.band_rows;
         const int64_t tiles = rows * plan.across;
         context.pool->each(rows, [&](int64_t y, int) { transform_pixels(band_row, y); });
-        int64_t chunks = (tiles + JOB_TILES - 1) / JOB_TILES;
-        while (plan.panels * chunks < 4 * context.pool->threads() && tiles / (2 * chunks) >= GROUP)
+        const int64_t groups = (tiles + GROUP - 1) / GROUP;
+        int64_t chunks = (groups + JOB_GROUPS - 1) / JOB_GROUPS;
+        while (plan.panels * chunks < 4 * context.pool->threads() && 2 * chunks <= groups)
             chunks *= 2; // few panels: work for every thread all the same
         context.pool->each(plan.panels * chunks, [&](int64_t i, int thread) {
             const int64_t chunk = i % chunks;
-            job(band_row, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, i / chunks, thread);
+            job(band_row, groups * chunk / chunks, groups * (chunk + 1) / chunks, tiles, i / chunks,
+                thread);
         });
     }
 };

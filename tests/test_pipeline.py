@@ -48,10 +48,13 @@ def test_only_one_component_is_loaded_at_a_time():
     assert not staged._engines
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_thread_count_gives_a_picture_within_rounding(pipe, threads):
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_thread_count_gives_the_same_bytes(pipe, threads):
     image = Pipeline.load(threads=threads).generate(PROMPT)
-    assert np.abs(pixels(image) - pixels(pipe.generate(PROMPT))).max() <= 2 / 255
+    if pipe.manifest.target == "native":
+        assert image.tobytes() == pipe.generate(PROMPT).tobytes()
+    else:  # onnxruntime cuts its sums by the threads
+        assert np.abs(pixels(image) - pixels(pipe.generate(PROMPT))).max() <= 2 / 255
 
 
 def test_the_same_seed_is_the_same_picture_and_another_is_not(pipe):
