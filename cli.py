@@ -107,6 +107,8 @@ def main() -> None:
     \b
     Example:
         ferrotype generate "a red apple on a sky blue background" -o apple.png
+
+    FERROTYPE_ISA=avx2 (or scalar, avx512, ...) holds the native engine to an instruction set.
     """
     signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = send_again

@@ -215,7 +215,7 @@ const Op *find_op(uint32_t kind); // null: unknown
 // weights' outputs from `first`; matmul.cpp.
 void finish_pixels(const ft_op &op, const Context &context, const float *acc, int64_t first,
                    int blocks, int rows, const int64_t *ys, const int64_t *xs);
-// The same as a 3x3 matmul of stride 1 with two thirds of the arithmetic less; winograd.cpp.
+// The same as a 3x3 matmul of stride 1 with less than half of the products; winograd.cpp.
 bool winograd_fits(const ft_op &op, const Kernels &kernels);
 uint64_t winograd_scratch(const ft_op &op, const Kernels &kernels, int threads);
 void winograd_run(const ft_op &op, const Context &context);
