@@ -152,7 +152,10 @@ def prepare(peer: Peer, folder: Path, size: Size) -> None:
     options = BUNDLES.get((peer.kind, peer.precision))
     if options and not target.exists():
         command = ("convert", str(folder / CHECKPOINT), "-o", str(target), *options)
-        measure.run(*measure.ferrotype(*command))
+        try:
+            measure.run(*measure.ferrotype(*command))
+        except subprocess.CalledProcessError as error:
+            raise PeerError(f"{target.name} was not made: {error.stderr.strip()}") from None
 
 
 def environment(folder: Path) -> Path:
