@@ -160,6 +160,8 @@ def moved(op: Op) -> float:
     """Bytes that are read and written at least."""
     tensors = (op.out, op.a, op.b, op.c)
     size = sum(t.h * t.w * t.c * Type(t.type).bytes for t in tensors)
+    if op.kind == Kind.EMBEDDING:  # a row of the table for each token, not the table
+        return 2.0 * size
     return float(size + (kernels.weight_bytes(op) if op.weight != kernels.NO_WEIGHT else 0))
 
 
