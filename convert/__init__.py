@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle import Precision
@@ -24,6 +26,11 @@ __all__ = [
     "convert",
     "stages",
 ]
+
+# Python started inside a checkout looks there for every module, and transformers would take our
+# folder `kernels` for the package of that name.  A package's own folder is no place to import from.
+_OWN = Path(__file__).resolve().parent.parent
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != _OWN]
 
 # What each target stores weights in and computes in when it is not told.
 TARGETS = {

@@ -86,6 +86,12 @@ def test_drawing_loads_its_own_engine_but_not_torch(folder):
     assert not names & {*HEAVY, "coremltools", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
+def test_conversion_starts_inside_a_checkout():
+    """transformers looks for a package called kernels, which is not ours."""
+    code = "import ferrotype.convert, transformers; transformers.CLIPTextModel"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_every_public_name_is_there():
     for name in ferrotype.__all__:
         assert getattr(ferrotype, name) is not None

@@ -375,7 +375,8 @@ spec.loader.exec_module(t)
 t.export("vae_decoder", t.tiny("vae_decoder"), {"_class_name": "X"}, pathlib.Path(sys.argv[2]))
 """
     command = [sys.executable, "-c", code, __file__, str(tmp_path)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     for name in ("model.onnx", "model.onnx.data", "config.json"):
         first, second = (
             hashlib.sha256((folder / name).read_bytes()).hexdigest()
