@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import FerrotypeError
     from .parity import ParityError
     from .runtime.pipeline import Pipeline, PipelineError
+    from .runtime.plan import Refusal
     from .runtime.samplers import Step
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ParityError",
     "Pipeline",
     "PipelineError",
+    "Refusal",
     "Step",
     "__version__",
     "load",
@@ -39,15 +41,21 @@ _HOME = {
     "ParityError": ".parity",
     "Pipeline": ".runtime.pipeline",
     "PipelineError": ".runtime.pipeline",
+    "Refusal": ".runtime.plan",
     "Step": ".runtime.samplers",
 }
 
 
-def load(path: Any = None, threads: int | None = None, resident: bool = False) -> Pipeline:
+def load(
+    path: Any = None,
+    threads: int | None = None,
+    resident: bool = False,
+    memory: int | str | None = None,
+) -> Pipeline:
     """Open a bundle, or without a path the embedded one; see Pipeline.load."""
     from .runtime.pipeline import Pipeline
 
-    return Pipeline.load(path, threads, resident)
+    return Pipeline.load(path, threads, resident, memory=memory)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import functools
 import io
 import json
@@ -14,7 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from .errors import FerrotypeError
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .runtime.memory import Recording
     from .runtime.pipeline import Pipeline
+    from .runtime.plan import Plan
     from .runtime.samplers import Step
 
 MAX_SEED = 2**64 - 1
@@ -51,6 +54,22 @@ class Size(click.ParamType):
         if not match:
             self.fail(f"{value!r} is not a size: write WIDTHxHEIGHT, for example 512x512")
         return int(match[1]), int(match[2] or match[1])
+
+
+class Bytes(click.ParamType):
+    """`512MiB`, `1.5GB`: an amount of memory."""
+
+    name = "memory"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from .runtime.memory import parse_bytes
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(printable(str(error)))
 
 
 class Commands(click.Group):
@@ -121,6 +140,13 @@ def main() -> None:
 
 BUNDLE = FILE = click.Path(path_type=Path)
 size_option = click.option("--size", type=Size(), help="WIDTHxHEIGHT, or one number for a square.")
+memory_options = [
+    click.option(
+        "--memory", type=Bytes(), metavar="512MiB", help="Budget.  Default: 3/4 of what is free."
+    ),
+    click.option("--tiles", is_flag=True, help="If nothing else fits: the picture changes a bit."),
+    click.option("--threads", type=click.IntRange(1, 64), help="Default: one per core."),
+]
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 sampler_options = [
     click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's."),
@@ -285,22 +311,29 @@ def read_weights(text: str | None) -> Any:
 @click.option("--preview", type=click.IntRange(1), metavar="N", help="Also write every Nth step.")
 @click.option("--preview-decoder", is_flag=True, help="Previews by the decoder: slower, exact.")
 @click.option("--grid", type=FILE, help="Also write all pictures on one sheet.")
-@click.option("--threads", type=click.IntRange(1, 64), help="Default: one per core.")
+@with_options(memory_options)
+@click.option("--trace", type=FILE, help="Record memory while drawing: JSON for plan --trace.")
 @click.option("-f", "--force", is_flag=True, help="Replace files.")
 @json_option
 def generate(
     prompts, bundle, output, steps, sampler, spacing, guidance, negative, seed, rng, size, image,
-    strength, count, preview, preview_decoder, grid, threads, force, as_json,
+    strength, count, preview, preview_decoder, grid, memory, tiles, threads, trace, force, as_json,
 ):  # fmt: skip
     """Draw PROMPT with a bundle; several prompts and --count make several pictures.
+
+    What it takes is planned before anything is loaded, and refused if it is more than --memory,
+    which is counted above what the interpreter takes: `ferrotype plan` shows it.  The budget
+    changes time, never the picture.
 
     \b
     Example:
         ferrotype generate "a penguin on a pink background" -o penguin.png --seed 7
+        ferrotype generate "a lighthouse" -b sd15.ferro --memory 256MiB
     """
     from .runtime import pictures, samplers
     from .runtime.pipeline import Pipeline
 
+    guard_files()
     if strength is not None and image is None:
         raise click.UsageError("--strength needs --image")
     if preview_decoder and not preview:
@@ -314,21 +347,25 @@ def generate(
     }  # fmt: skip
     jobs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
     paths = output_paths(output, jobs)
+    tracer = start_trace(trace, memory)
     with usage():
-        pipe = Pipeline.load(bundle, threads, isa=isa())
+        pipe = Pipeline.load(
+            bundle, threads, isa=isa(), memory=budget(memory), tiles=tiles,
+            watch=tracer.mark if tracer else lambda component: None,
+        )  # fmt: skip
         # Arguments are checked here; nothing is loaded before the first step is asked for.
         runs = [pipe.steps(prompt, seed=one, **chosen) for prompt, one in jobs]
         recipe = pipe.recipe(steps, sampler, guidance, spacing)
         total = len(samplers.table(recipe, chosen["strength"] if image else None).rows)
     shown_at = range(preview, total + 1, preview) if preview else ()
     shown = [step_path(path, index, total) for path in paths for index in shown_at]
-    files = [*paths, *shown, *([grid] if grid else [])]
+    files = [*paths, *shown, *([grid] if grid else []), *([trace] if trace else [])]
     for path, times in Counter(files).items():
         if times > 1:
             raise click.UsageError(f"{path} would be written twice: choose another name")
         pictures.check_free(path, force)
     latents = []
-    with Progress("text encoder", 1) as progress:
+    with tracer or nullcontext(), Progress("text encoder", 1) as progress:
         for prompt in dict.fromkeys(prompts):
             if not prompt.strip():
                 click.echo("note: the prompt is empty: the model draws what it likes", err=True)
@@ -350,6 +387,40 @@ def generate(
         rows = [drawn[i : i + across] for i in range(0, len(drawn), across)]
         pictures.save_png(pictures.contact_sheet(rows), grid, {}, force)
         click.echo(json.dumps({"path": str(grid)}) if as_json else str(grid))
+    if tracer:
+        with pictures.new_file(trace, force) as stream:
+            stream.write(tracer.recording.to_json().encode())
+        click.echo(json.dumps({"path": str(trace)}) if as_json else str(trace))
+
+
+def budget(asked: int | None) -> int | None:
+    """Bytes that a run may take: those asked for, or what leaves the machine usable."""
+    from .runtime import memory
+
+    free = memory.available()
+    if asked and free and asked > free:
+        click.echo(
+            f"note: --memory {memory.format_bytes(asked)} is more than the "
+            f"{memory.format_bytes(free)} that are free here",
+            err=True,
+        )
+    return asked or memory.default_budget()
+
+
+def guard_files() -> None:
+    """A weights file that is cut short while it is read is an error, not the end of the process."""
+    from . import kernels
+
+    kernels.guard()
+
+
+def start_trace(path: Path | None, asked: int | None) -> Any:
+    """What records memory, if it is wanted."""
+    if path is None:
+        return None
+    from .runtime.memory import Trace
+
+    return Trace(budget=asked)
 
 
 def output_paths(output: Path | None, jobs: Sequence[tuple[str, int]]) -> list[Path]:
@@ -467,48 +538,151 @@ def verify(bundle: Path | None, on_device: bool, as_json: bool) -> None:
 @main.command()
 @click.argument("bundle", type=BUNDLE, required=False)
 @with_options(sampler_options)
+@size_option
 @click.option("--strength", type=click.FloatRange(0, 1, min_open=True), help=STRENGTH)
+@with_options(memory_options)
+@click.option("--plot", type=FILE, help="Draw memory over time: a PNG.")
+@click.option("--trace", type=FILE, help="With --plot: what `generate --trace` measured, upon it.")
 @click.option("--sampler-table", is_flag=True, help="Print the coefficients of every step.")
-@click.option("-o", "--output", type=FILE, help="Save the sampler table as JSON.")
-@click.option("-f", "--force", is_flag=True, help="Replace a file.")
+@click.option("-o", "--output", type=FILE, help="Save the plan, or the sampler table, as JSON.")
+@click.option("-f", "--force", is_flag=True, help="Replace files.")
 @json_option
 def plan(
-    bundle, steps, sampler, spacing, guidance, strength, sampler_table, output, force, as_json
+    bundle, steps, sampler, spacing, guidance, size, strength, memory, tiles, threads, plot, trace,
+    sampler_table, output, force, as_json,
 ):  # fmt: skip
-    """Show what drawing with BUNDLE will do, before it is done.  Default: the embedded bundle.
+    """Show what drawing with BUNDLE will take, before it is done.  Default: the embedded bundle.
+
+    Every stage with its bytes above what the interpreter takes, and roughly its time; exit code 1
+    and the smallest budget that would do if it does not fit.  With --strength, of a run that starts
+    from a picture.
 
     \b
     Example:
+        ferrotype plan sd15.ferro --memory 1GiB --size 512x512 --steps 4 --plot plan.png
         ferrotype plan --sampler-table --steps 8 -o lcm8.json
     """
     from .runtime import pictures, samplers
     from .runtime.pipeline import Pipeline
 
+    if trace and not plot:
+        raise click.UsageError("--trace needs --plot")
     with usage():
-        pipe = Pipeline(open_bundle(bundle))
+        pipe = Pipeline(open_bundle(bundle), threads, isa=isa(), budget=budget(memory), tiles=tiles)
         recipe = pipe.recipe(steps, sampler, guidance, spacing)
         table = samplers.table(recipe, strength)
+        if size:
+            pipe.manifest.sizes.check(size)
+        measured = read_trace(trace) if trace else None
+    if sampler_table:
+        text = samplers.to_json(table)
+        shown = text if as_json else samplers.format_table(table)
+    else:
+        made = pipe.plan(table, recipe.guidance, size, speed(pipe.bundle, threads))
+        text = made.to_json()
+        shown = text if as_json else plan_text(pipe, made, memory is not None)
+        if plot:
+            draw_plan(plot, made, pipe.manifest.model, measured, force)
+            shown = str(plot)
     if output:
         with pictures.new_file(output, force) as stream:
-            stream.write(samplers.to_json(table).encode())
-        click.echo(str(output))
-    elif sampler_table:
-        click.echo(samplers.to_json(table) if as_json else samplers.format_table(table))
-    else:
-        stages = pipe.stages(table, recipe.guidance)
-        rows = [
-            {"component": n, "bytes": b, "runs": r, **device_memory(pipe.bundle, n)}
-            for n, b, r in stages
-        ]
-        lines = [(n, mib(b), f"load, run {r} x, free") for n, b, r in stages]
-        text = "\n".join(filter(None, [columns(lines), columns(memory_rows(pipe.bundle))]))
-        click.echo(json.dumps(rows) if as_json else text)
+            stream.write(text.encode())
+        shown = str(output)
+    click.echo(shown.rstrip("\n"))
 
 
-def device_memory(bundle: Bundle, component: str) -> dict[str, Any]:
-    """Bytes by device, for JSON, where a target's compiler reported them."""
-    memory = bundle.component(component).memory
-    return {"device_bytes": {d: m.total for d, m in memory.items()}} if memory else {}
+def speed(bundle: Bundle, threads: int | None) -> float:
+    """FLOP/s of this machine's multiply-accumulates, measured for a moment."""
+    from . import kernels
+    from .runtime import plan as plans
+    from .runtime.engines.native import usable_threads
+    from .runtime.program import TYPES
+
+    kind = TYPES.get(bundle.manifest.precision.activations)
+    if bundle.manifest.target != "native" or kind is None or not kernels.available():
+        return plans.FLOPS
+    name = isa() or kernels.isas()[0]
+    return kernels.ceiling(name, kind, threads or usable_threads(), 0.05) or plans.FLOPS
+
+
+def plan_text(pipe: Pipeline, made: Plan, scaled: bool) -> str:
+    """A plan for a person: what is done, its bytes as bars, and what they are counted from.
+
+    `scaled`: bars are parts of the budget, else of the peak.
+    """
+    from .runtime import memory, plot
+
+    width, height = made.size
+    head = f"{pipe.manifest.model}, {width}x{height}, {made.steps} steps, {made.threads} threads"
+    rows = [
+        (s.component, f"{s.mode}, run {s.runs} x", mib(s.weights - s.apart), mib(s.arena),
+         mib(s.host), mib(made.during(s)), s.note)
+        for s in made.stages
+    ]  # fmt: skip
+    titles = ("stage", "weights are", "weights", "activations", "other", "at once", "")
+    now = memory.read()
+    resident = now.resident if now else None
+    own = f", {memory.format_bytes(made.peak + resident)} with it" if resident else ""
+    limit = f"; the budget is {memory.format_bytes(made.budget)}" if made.budget else ""
+    peak = f"peak {memory.format_bytes(made.peak, up=True)} above the interpreter{own}{limit}"
+    bars = "\n".join(plot.timeline(plot.spans_of(made), made.budget if scaled else None))
+    device = "" if made.target in ("native", "onnx") else columns(memory_rows(pipe.bundle))
+    return "\n\n".join(filter(None, [head, columns([titles, *rows]), bars, peak, device]))
+
+
+def read_trace(path: Path) -> Recording:
+    """What `generate --trace` wrote; ValueError for anything else."""
+    from .runtime.memory import Recording
+
+    return Recording.from_json(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def draw_plan(path: Path, made: Plan, model: str, measured: Recording | None, force: bool) -> None:
+    """Memory over time as a PNG, with what was measured."""
+    from .runtime import pictures, plot
+
+    pictures.check_free(path, force)
+    width, height = made.size
+    title = f"{model}, {width}x{height}, {made.steps} steps"
+    with usage():
+        spans = plot.spans_of(made, measured)
+        plot.draw(path, spans, made.budget, measured, title, force=force)
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE, required=False)
+@click.option("--device", metavar="NAME", help="For example iphone-15-pro, pixel-9, jetson-orin.")
+@click.option("--list", "listed", is_flag=True, help="Show the devices: memory, what an app gets.")
+@size_option
+@click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's.")
+@json_option
+def doctor(bundle, device, listed, size, steps, as_json):
+    """Say whether BUNDLE fits a device, and what to convert if not.
+
+    Exit code 0: it fits, perhaps only staged, streamed or in chunks; 1: it does not fit, or the
+    device has no engine for it.  Default: the embedded bundle.  docs/doctor.md has the figures'
+    sources.
+
+    \b
+    Example:
+        ferrotype doctor sd15.ferro --device iphone-15-pro
+    """
+    from .runtime import doctor as doctors
+
+    data = doctors.devices()
+    if listed:
+        entries = [dataclasses.asdict(found) for found in data.devices.values()]
+        click.echo(json.dumps(entries) if as_json else columns(doctors.table(data)))
+        return
+    if not device:
+        raise click.UsageError("give --device NAME, or --list to see the names")
+    with usage():
+        chosen, opened = data.find(device), open_bundle(bundle)
+        run = doctors.new_run(opened, size, steps)
+    found = doctors.examine(opened, chosen, run)
+    click.echo(json.dumps(found.as_json()) if as_json else columns(doctors.rows(found)))
+    if not found.fits:
+        sys.exit(1)
 
 
 def open_bundle(path: Path | None) -> Bundle:

@@ -5,6 +5,10 @@ FerrotypeError
 ├── ParityError    parity.py            what was written differs too much from the original
 ├── PipelineError  runtime/pipeline.py  a network returned something that is no picture
 ├── PictureError   runtime/pictures.py  a picture cannot be read or may not be written
+├── Refusal        runtime/plan.py      a run does not fit the memory budget
+├── DeviceError    runtime/devices.json the doctor's data cannot be read
+├── KernelError    kernels/             the native engine is missing or refuses a program
+├── GraphError     runtime/program.py   a network that the native engine cannot run
 ├── RecipeError    quantize/recipe.py   which weights get how many bits cannot be read
 └── ConvertError   convert/             the checkpoint or an option does not work
 

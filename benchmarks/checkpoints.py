@@ -10,10 +10,10 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT.parent / "shared" / "models" / "emoji-sd"  # the trained one, beside the checkout
@@ -112,12 +112,15 @@ TINY_XL: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(
-    folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float16
+    folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype | None = None
 ) -> Path:
     """Write a random checkpoint of these configs to a new folder; with the embedded tokenizer.
 
-    With a text_encoder_2 it is one of SDXL.
+    With a text_encoder_2 it is one of SDXL.  In fp16 if no `dtype` is given.
     """
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     kinds = {name: kind for name, kind in KINDS.items() if name in configs}
@@ -129,7 +132,9 @@ def write_checkpoint(
         prefix = "text_model." if kind == "CLIPTextModel" else ""
         state = module.state_dict()
         bare = {k.removeprefix(prefix): v for k, v in state.items()}
-        tensors = {prefix + k: _draw(k, v.shape).to(dtype) for k, v in bare.items()}
+        tensors = {
+            prefix + k: _draw(k, v.shape).to(dtype or torch.float16) for k, v in bare.items()
+        }
         save_file(tensors, target / f"{stem}.safetensors")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     if "text_encoder_2" in configs:
@@ -183,6 +188,8 @@ def _write_tokenizer_2(folder: Path) -> None:
 
 
 def _on_meta(kind: str, config: dict[str, Any]) -> Any:
+    import torch
+
     with torch.device("meta"):
         if kind.startswith("CLIP"):
             import transformers
@@ -195,6 +202,8 @@ def _on_meta(kind: str, config: dict[str, Any]) -> Any:
 
 
 def _draw(name: str, shape: torch.Size) -> torch.Tensor:
+    import torch
+
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:  # the scale of a norm

@@ -83,7 +83,7 @@ def ready(folder: Path, component: str, size: Size, threads: int) -> Ready:
     """The component of our bundle with random inputs."""
     engine = NativeEngine(load(bundle(folder, "native", "bf16")), component, threads)
     feed = inputs(component, size)
-    plan = engine.plan({name: array.shape for name, array in feed.items()})
+    plan = engine.layout({name: array.shape for name, array in feed.items()})
     return Ready(engine, feed, list(plan.ops), plan.arena_bytes)
 
 

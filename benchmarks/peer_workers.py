@@ -276,7 +276,7 @@ def load_native(job: Job, component: str, size: Size) -> Loaded:
     place, isa = bundle(job.folder, "native", job.precision), os.environ.get("FERROTYPE_ISA")
     engine = NativeEngine(load(place), component, job.threads, isa)
     feed = inputs(component, size)
-    engine.plan({name: array.shape for name, array in feed.items()})
+    engine.program({name: array.shape for name, array in feed.items()})
     return Loaded(lambda: engine(feed))
 
 

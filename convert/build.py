@@ -22,6 +22,7 @@ from .._version import __version__
 from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source
 from ..quantize.recipe import Recipe as Weights
 from ..runtime import check as checks
+from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
 from . import modules, recipe, reference, tokenizer
@@ -68,9 +69,10 @@ def build(
         job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
+        components = job.measured(bundle)
         job.write_check()
         progress("hash")
-        manifest = dataclasses.replace(bundle.manifest, parity=report)
+        manifest = dataclasses.replace(bundle.manifest, components=components, parity=report)
         return bundles.save(staged, out, manifest, force)
 
 
@@ -248,6 +250,16 @@ class _Job:
             **self.target.report(),
             "notes": self.notes,
         }
+
+    def measured(self, bundle: Bundle) -> dict[str, Component]:
+        """The components, with the memory that only running them tells."""
+        parts = bundle.manifest.components
+        if not isinstance(self.target, OnnxTarget):
+            return parts
+        memory = onnx_memory.measured(bundle)
+        if not memory:
+            self.notes.append("memory was not measured: this system does not tell a process's peak")
+        return {n: dataclasses.replace(p, memory=memory.get(n, {})) for n, p in parts.items()}
 
     def write_check(self) -> None:
         """The first and the last run of every component, for the device to repeat."""

@@ -22,7 +22,7 @@ from ..kernels import LANES, Type
 from ..runtime import models
 from ..runtime.engines.native import DTYPES as NATIVE
 from ..runtime.engines.native import FORMAT, INDEX, WEIGHTS, read_index, widen, write_input
-from ..runtime.plan import plan
+from ..runtime.layout import lay_out
 from ..runtime.program import LINE, TYPES, Node, Packed, Value, Weight, padded, round_up
 from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
 from .rounding import to_bf16, to_half
@@ -114,7 +114,7 @@ def memory(
     size = max(place.offset + place.bytes for place in places.values())
     found = {}
     for threads in THREADS:
-        placed = plan(graph, places, partial(kernels.scratch, threads=threads))
+        placed = lay_out(graph, places, partial(kernels.scratch, threads=threads))
         held = max(live - own for live, own in zip(placed.live, placed.scratch, strict=True))
         name = f"{threads} thread{'s' if threads > 1 else ''}"
         found[name] = Memory(size, held, placed.arena_bytes - held)
@@ -133,11 +133,11 @@ def run_ops(
     shapes = {name: np.shape(value) for name, value in inputs.items()}
     kind = TYPES[bundle.manifest.precision.activations]
     graph = models.build(component, spec.config, shapes, kind, spec.outputs)
-    placed = plan(graph, places, lambda op: kernels.scratch(op, 1, isa))
+    placed = lay_out(graph, places, lambda op: kernels.scratch(op, 1, isa))
     arena = kernels.aligned(placed.arena_bytes)
     weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
     for entry in graph.inputs:
-        write_input(arena, placed, entry, inputs[entry.name])
+        write_input(arena, placed.offsets, entry, inputs[entry.name])
 
     def read(value: Value | None) -> np.ndarray | None:
         if value is None or value.storage.planar:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import FerrotypeError
 
-ABI = 1
+ABI = 2
 LANES = 16  # channels are stored, and outputs packed, in blocks of so many
 NO_WEIGHT = 2**64 - 1
 MESSAGE_BYTES = 512
@@ -52,6 +52,8 @@ class Kind(IntEnum):
     STORE = 10
     BYTES = 11
     PICK = 12
+    MOMENTS = 13
+    AFFINE = 14
 
 
 class Act(IntEnum):
@@ -87,7 +89,7 @@ class Op(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                *("side", "stride", "pad", "upsample", "geglu", "late", "winograd"),
+                *("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "band"),
                 *("groups", "heads", "size", "causal", "flip"),
             )
         ),
@@ -97,6 +99,12 @@ class Op(ctypes.Structure):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{"weight": NO_WEIGHT, "bias": NO_WEIGHT, **fields})
+
+
+class Range(ctypes.Structure):
+    """ft_range: bytes of the weights that ops first..last read."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("offset", "bytes", "first", "last"))
 
 
 class Program:
@@ -127,7 +135,10 @@ class Program:
         self.isa = self._library.ft_program_isa(self._handle).decode()
 
     def run(self, arena: np.ndarray, weights: np.ndarray, times: np.ndarray | None = None) -> None:
-        """Run every op; `times`, uint64 by op, receives nanoseconds."""
+        """Run every op; `times`, uint64 by op, receives nanoseconds.
+
+        Raises KernelError if the weights' file was cut short meanwhile.
+        """
         for name, array, size in (
             ("arena", arena, self.arena_bytes),
             ("weights", weights, self.weight_bytes),
@@ -137,9 +148,24 @@ class Program:
         if times is not None and (times.dtype != np.uint64 or times.size < len(self.ops)):
             raise ValueError(f"times must be {len(self.ops)} numbers of uint64")
         pointer = None if times is None else times.ctypes.data
-        self._library.ft_program_run(
+        count = self._library.ft_program_run(
             self._handle, arena.ctypes.data, weights.ctypes.data, pointer, None
         )
+        if count < len(self.ops):
+            raise KernelError(f"the weights end before op {count + 1} of {len(self.ops)} is done")
+
+    def stream(self, ranges: Sequence[Range], window: int) -> None:
+        """Let weights, mapped from a file, be in memory only around their use.
+
+        At most `window` bytes of `ranges` at once, which are in the order of `first`.  Raises
+        KernelError if they do not fit, or where the system cannot.
+        """
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        array = (Range * len(ranges))(*ranges)
+        if self._library.ft_program_stream(
+            self._handle, array, len(ranges), window, message, MESSAGE_BYTES
+        ):
+            raise KernelError(message.value.decode(errors="replace"))
 
     def __del__(self) -> None:
         if self._handle:
@@ -170,6 +196,26 @@ def scratch(op: Op, threads: int, isa: str | None = None) -> int:
 def weight_bytes(op: Op) -> int:
     """Bytes of packed weights that an op reads.  Raises KernelError for a malformed op."""
     return _size(library().ft_op_weight_bytes(ctypes.byref(op)), op)
+
+
+def can_stream() -> bool:
+    """Whether weights can pass through a window on this system."""
+    return bool(library().ft_can_stream())
+
+
+def guard() -> None:
+    """End a run, not the process, if the file of mapped weights is cut short (SIGBUS).
+
+    For the process as a whole: its handler for that signal is changed, and asked for the rest.
+    """
+    if available():
+        library().ft_guard_install()
+
+
+def uses_winograd(op: Op, isa: str | None = None) -> bool:
+    """Whether a matmul is computed with fewer, less exact products there."""
+    name = None if isa is None else isa.encode()
+    return bool(library().ft_op_winograd(ctypes.byref(op), name))
 
 
 def ceiling(isa: str, kind: Type, threads: int, seconds: float = 0.5) -> float:
@@ -219,6 +265,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ft_isa_name": (_TEXT, (_U32,)),
     "ft_isa_supported": (ctypes.c_int, (_U32,)),
     "ft_op_scratch": (_U64, (_POINTER, _U32, _TEXT)),
+    "ft_op_winograd": (ctypes.c_int, (_POINTER, _TEXT)),
     "ft_op_weight_bytes": (_U64, (_POINTER,)),
     "ft_program_create": (
         _POINTER,
@@ -227,5 +274,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ft_program_free": (None, (_POINTER,)),
     "ft_program_isa": (_TEXT, (_POINTER,)),
     "ft_program_run": (_SIZE, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "ft_can_stream": (ctypes.c_int, ()),
+    "ft_program_stream": (
+        ctypes.c_int,
+        (_POINTER, _POINTER, _SIZE, _U64, _TEXT, _SIZE),
+    ),
+    "ft_guard_install": (ctypes.c_int, ()),
     "ft_ceiling": (ctypes.c_double, (_TEXT, _U32, _U32, ctypes.c_double)),
 }

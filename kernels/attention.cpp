@@ -203,7 +203,7 @@ void run(const ft_op &op, const Context &context) {
     const Run run{op, context, make_plan(op, *context.kernels),
                   context.kernels->tile[op.a.type][op.a.type]};
     const int64_t key_blocks = run.plan.keys_padded / LANES, query_blocks = run.plan.query_blocks;
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     context.pool->each(op.heads * key_blocks,
                        [&](int64_t i, int) { run.pack(i / key_blocks, i % key_blocks); });
     context.pool->each(op.heads * query_blocks, [&](int64_t i, int thread) {

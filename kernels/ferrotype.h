@@ -21,7 +21,7 @@ extern "C" {
 #define FT_API __attribute__((visibility("default")))
 #endif
 
-#define FT_ABI 1    /* of this header; ft_abi() is that of the library */
+#define FT_ABI 2    /* of this header; ft_abi() is that of the library */
 #define FT_LANES 16 /* outputs in a block of packed weights; channels are stored padded to it */
 #define FT_MAX_THREADS 64
 #define FT_NO_WEIGHT UINT64_MAX
@@ -34,6 +34,8 @@ enum ft_type { FT_F32 = 0, FT_BF16 = 1, FT_F16 = 2, FT_I32 = 3, FT_U8 = 4 };
  * to FT_LANES, and the channels from c to there are zero.  With border = 1 the arena also holds one
  * pixel on every side, at y or x of -1, h and w; who writes the tensor fills it with zeros.
  * An absent tensor has h = 0.
+ *
+ * Planes, what comes in and goes out: c of them, `pixel` elements apart, rows of w without a gap.
  */
 struct ft_tensor {
     uint64_t offset; /* bytes into the arena, a multiple of an element; 64 is fastest */
@@ -68,6 +70,13 @@ enum ft_kind {
     FT_BYTES = 11,    /* out: u8, (h, w, 3) without padding = round(clamp(a * x + y, 0, 1) * 255) */
     FT_PICK = 12,     /* out = the row of a at the first id of b that equals size; size < 0: at the
                        * largest id */
+    /* A group norm of an image that comes band by band, from the top:
+     * FT_MOMENTS adds a's rows to out, (1, 1, 5 * padded channels) f32, which holds the sums; size:
+     * rows before a's.
+     * FT_AFFINE: out = act(a normalized * gamma + beta) with b, the sums of all rows; size: the
+     * pixels that they are of.  Together they give the bytes of FT_GROUP_NORM. */
+    FT_MOMENTS = 13,
+    FT_AFFINE = 14,
 };
 
 enum ft_act {
@@ -89,13 +98,21 @@ struct ft_op {
     int32_t side, stride, pad; /* matmul; pad 1 reads a border above and left, 0 does not */
     int32_t upsample, geglu, late;
     int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
-                                  * products where that is faster */
+                                  * products; 1: where that is faster, 2: however small out is */
+    int32_t band;                /* out is rows of an image: 1: others are above, 2: below, 3: both;
+                                  * its border is not written there */
     int32_t groups;              /* group norm */
     int32_t heads, size, causal; /* attention: size of a head; embedding: rows; pick: the id */
     int32_t flip;                /* sinusoid */
     float scale, x, y;           /* attention: scale; norms: x is eps; sinusoid: x is shift */
     uint64_t scratch;            /* bytes into the arena, a multiple of 64; ft_op_scratch says
                                   * how many are needed */
+};
+
+/* Weights that ops first..last read, bytes into the file. */
+struct ft_range {
+    uint64_t offset, bytes;
+    uint64_t first, last;
 };
 
 typedef struct ft_program ft_program;
@@ -108,6 +125,8 @@ FT_API int ft_isa_supported(uint32_t index);
 
 /* Bytes of scratch that an op needs with so many threads; UINT64_MAX for a malformed op. */
 FT_API uint64_t ft_op_scratch(const struct ft_op *op, uint32_t threads, const char *isa);
+/* Whether a matmul is computed by Winograd's products on that instruction set. */
+FT_API int ft_op_winograd(const struct ft_op *op, const char *isa);
 /* Bytes of packed weights that an op reads from `weight`; UINT64_MAX for a malformed op. */
 FT_API uint64_t ft_op_weight_bytes(const struct ft_op *op);
 
@@ -122,9 +141,24 @@ FT_API ft_program *ft_program_create(const struct ft_op *ops, size_t count, size
 FT_API void ft_program_free(ft_program *program);
 FT_API const char *ft_program_isa(const ft_program *program);
 
+/* Let the weights, which must be mapped from a file, be in memory only around their use: at most
+ * `window` bytes of them at once, brought in ahead by a thread of its own and dropped behind.
+ * Ranges are in the order of `first`; pages in none come when they are touched, and may stay.
+ * Not during a run.
+ * Returns 0, or -1 and one line in message.  ft_can_stream: whether this system can. */
+FT_API int ft_can_stream(void);
+FT_API int ft_program_stream(ft_program *program, const struct ft_range *ranges, size_t count,
+                             uint64_t window, char *message, size_t message_bytes);
+
+/* Where a file that was cut short while it is mapped would end the process (SIGBUS), end the run
+ * instead.  The pages that are missing become zeros: map the file anew before another run.
+ * Changes the process's handler; the one before is asked for all other addresses.  0 if done. */
+FT_API int ft_guard_install(void);
+
 /* Run all ops; nanoseconds, if not NULL, receives the time of each.
  * cancel, if not NULL, is read between ops: a value other than 0 ends the run.
- * Returns the number of ops that were run. */
+ * Returns the number of ops that were run: fewer than all, and not cancelled, if the weights'
+ * file is no longer what was mapped. */
 FT_API size_t ft_program_run(ft_program *program, void *arena, const void *weights,
                              uint64_t *nanoseconds, const volatile int *cancel);
 

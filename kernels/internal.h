@@ -208,7 +208,7 @@ struct Op {
     void (*run)(const ft_op &, const Context &);
 };
 extern const Op matmul_op, group_norm_op, layer_norm_op, attention_op, embedding_op, sinusoid_op,
-    unary_op, add_op, load_op, store_op, bytes_op, pick_op;
+    unary_op, add_op, load_op, store_op, bytes_op, pick_op, moments_op, affine_op;
 const Op *find_op(uint32_t kind); // null: unknown
 
 // What follows a matmul's sums of up to MAX_ROWS pixels, each at ys, xs, for `blocks` blocks of the
@@ -219,6 +219,7 @@ void finish_pixels(const ft_op &op, const Context &context, const float *acc, in
 bool winograd_fits(const ft_op &op, const Kernels &kernels);
 uint64_t winograd_scratch(const ft_op &op, const Kernels &kernels, int threads);
 void winograd_run(const ft_op &op, const Context &context);
-void zero_border(const ft_tensor &t, const Context &context);
+// Zeros around out, where it has a border and is not followed by other rows of the same image.
+void zero_border(const ft_op &op, const Context &context);
 
 } // namespace ft

@@ -242,7 +242,7 @@ void run(const ft_op &op, const Context &context) {
     const int64_t weight_bytes = plan.blocks * plan.w_block;
     const bool pixels_outer =
         plan.pixel_chunks * weight_bytes + pixel_bytes < plan.panels * pixel_bytes + weight_bytes;
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     context.pool->each(plan.parities * plan.panels * plan.pixel_chunks,
                        [&](int64_t i, int thread) { run.job(i, thread, pixels_outer); });
 }

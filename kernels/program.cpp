@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "internal.h"
+#include "stream.h"
 
 namespace ft {
 
@@ -15,16 +16,21 @@ const Op *find_op(uint32_t kind) {
     static const Op *const ops[] = {
         nullptr,       &matmul_op,   &group_norm_op, &layer_norm_op, &attention_op,
         &embedding_op, &sinusoid_op, &unary_op,      &add_op,        &load_op,
-        &store_op,     &bytes_op,    &pick_op,
+        &store_op,     &bytes_op,    &pick_op,       &moments_op,    &affine_op,
     };
     return kind < sizeof ops / sizeof *ops ? ops[kind] : nullptr;
 }
 
-void zero_border(const ft_tensor &t, const Context &context) {
+void zero_border(const ft_op &op, const Context &context) {
+    const ft_tensor &t = op.out;
+    if (!t.border) return;
     const int64_t pixel = padded(t.c) * type_bytes(t.type);
     const int64_t h = t.h, w = t.w;
     const auto clear = [&](int64_t y, int64_t x) { memset(context.at(t, y, x), 0, pixel); };
-    for (int64_t x = -1; x <= w; x++) clear(-1, x), clear(h, x);
+    for (int64_t x = -1; x <= w; x++) {
+        if (!(op.band & 1)) clear(-1, x);
+        if (!(op.band & 2)) clear(h, x);
+    }
     for (int64_t y = 0; y < h; y++) clear(y, -1), clear(y, w);
 }
 
@@ -48,13 +54,13 @@ const Slots &slots(uint32_t kind) {
     static const Slots table[] = {
         {N, N, N, N, N}, {C, C, C, C, C}, {C, C, C, N, N}, {C, C, N, N, N}, {C, C, C, C, N},
         {C, D, N, N, N}, {C, D, N, N, N}, {C, C, N, N, N}, {C, C, C, N, N}, {C, P, N, N, N},
-        {P, C, N, N, N}, {D, C, N, N, N}, {C, C, D, N, N},
+        {P, C, N, N, N}, {D, C, N, N, N}, {C, C, D, N, N}, {C, C, N, N, N}, {C, C, C, N, N},
     };
     return table[kind];
 }
 
 bool must_have_b(uint32_t kind) {
-    return kind == FT_ATTENTION || kind == FT_ADD || kind == FT_PICK;
+    return kind == FT_ATTENTION || kind == FT_ADD || kind == FT_PICK || kind == FT_AFFINE;
 }
 
 // Null, or what is wrong with a tensor on its own and against an arena of so many bytes.
@@ -70,9 +76,12 @@ const char *check_tensor(const ft_tensor &t, Layout layout, bool needed, uint64_
     const uint64_t size = type_bytes(t.type);
     if (t.offset % (size < 4 ? size : 4)) return "is not aligned";
     if (layout != Layout::CHANNELS) {
-        const uint32_t pixel = layout == Layout::PLANES ? 1 : t.c;
-        if (t.border || t.pixel != pixel || t.row != uint64_t(pixel) * t.w) return "is not dense";
-        const uint64_t bytes = uint64_t(t.h) * t.w * t.c * size;
+        const bool planes = layout == Layout::PLANES;
+        const uint64_t area = uint64_t(t.h) * t.w;
+        if (t.border || t.row != uint64_t(planes ? 1 : t.c) * t.w ||
+            (planes ? t.pixel < area : t.pixel != t.c))
+            return "is not dense";
+        const uint64_t bytes = (planes ? (t.c - 1) * uint64_t(t.pixel) + area : area * t.c) * size;
         return t.offset > arena || bytes > arena - t.offset ? "ends past the arena" : nullptr;
     }
     if (t.type > FT_F16) return "has a type that images cannot have";
@@ -116,6 +125,7 @@ Fault check_op(const ft_op &op, uint64_t arena, uint64_t weights) {
     for (const auto &t : tensors)
         if (const char *problem = check_tensor(t.tensor, t.layout, t.needed, arena))
             return {t.name, problem};
+    if (op.band < 0 || op.band > 3) return {"band", "is not 0 to 3"};
     if (op.weight_type > FT_F16) return {"weight_type", "is unknown"};
     if (op.act > FT_TANH3) return {"act", "is unknown"};
     if (const char *problem = kind->check(op)) return {"op", problem};
@@ -149,7 +159,9 @@ using namespace ft;
 struct ft_program {
     std::vector<ft_op> ops;
     const Isa *isa;
+    uint64_t weight_bytes;
     std::unique_ptr<Pool> pool;
+    std::unique_ptr<Streamer> streamer; // null: the weights stay
 };
 
 uint32_t ft_abi(void) { return FT_ABI; }
@@ -165,6 +177,11 @@ uint64_t ft_op_scratch(const ft_op *op, uint32_t threads, const char *isa) {
     if (op->kind == FT_MATMUL && !found->kernels->tile[op->a.type][op->weight_type].run)
         return UINT64_MAX;
     return round_up(find_op(op->kind)->scratch(*op, *found->kernels, int(threads)), 64);
+}
+
+int ft_op_winograd(const ft_op *op, const char *isa) {
+    const Isa *found = find_isa(isa);
+    return found && op->kind == FT_MATMUL && is_sound(op) && winograd_fits(*op, *found->kernels);
 }
 
 uint64_t ft_op_weight_bytes(const ft_op *op) {
@@ -194,6 +211,7 @@ ft_program *ft_program_create(const ft_op *ops, size_t count, size_t arena_bytes
         std::unique_ptr<ft_program> program(new ft_program);
         program->ops.assign(ops, ops + count);
         program->isa = found;
+        program->weight_bytes = weight_bytes;
         program->pool.reset(new Pool(int(threads), found->enter));
         return program.release();
     } catch (const std::exception &error) { // out of memory, or of threads
@@ -208,18 +226,62 @@ size_t ft_program_run(ft_program *program, void *arena, const void *weights, uin
                       const volatile int *cancel) {
     const Context context{static_cast<char *>(arena), static_cast<const char *>(weights),
                           program->isa->kernels, program->pool.get()};
+    Streamer *const streamer = program->streamer.get();
+    const Guard guard(weights, program->weight_bytes);
     if (program->isa->enter) program->isa->enter(); // the caller's thread works as well
     const size_t count = program->ops.size();
+    const auto stop = [&](size_t done) {
+        if (streamer) streamer->end();
+        return done;
+    };
+    if (streamer) streamer->begin(weights, program->weight_bytes);
     for (size_t i = 0; i < count; i++) {
-        if (cancel && *cancel) return i;
+        if ((cancel && *cancel) || (streamer && !streamer->wait_for(i))) return stop(i);
         const auto start = std::chrono::steady_clock::now();
         find_op(program->ops[i].kind)->run(program->ops[i], context);
         if (nanoseconds)
             nanoseconds[i] = uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(
                                           std::chrono::steady_clock::now() - start)
                                           .count());
+        if (guard.broken()) return stop(i);
+        if (streamer) streamer->finished(i);
     }
-    return count;
+    return stop(count);
+}
+
+int ft_can_stream(void) { return can_stream(); }
+int ft_guard_install(void) { return guard_install() ? 0 : -1; }
+
+int ft_program_stream(ft_program *program, const ft_range *ranges, size_t count, uint64_t window,
+                      char *message, size_t message_bytes) {
+    const auto refuse = [&](const char *problem, size_t i) {
+        if (message && message_bytes) snprintf(message, message_bytes, "range %zu %s", i, problem);
+        return -1;
+    };
+    if (!can_stream()) return refuse("cannot be streamed on this system", 0);
+    const size_t ops = program->ops.size();
+    for (size_t i = 0; i < count; i++) {
+        const ft_range &r = ranges[i];
+        if (r.offset > program->weight_bytes || r.bytes > program->weight_bytes - r.offset)
+            return refuse("ends past the weights", i);
+        if (r.first > r.last || r.last >= ops) return refuse("has no such ops", i);
+        if (i && r.first < ranges[i - 1].first) return refuse("is out of order", i);
+    }
+    try {
+        std::vector<uint64_t> ending(ops + 1); // bytes that each op is the last to read
+        uint64_t live = 0;
+        for (size_t i = 0, op = 0; i < count; i++) {
+            for (; op < ranges[i].first; op++) live -= ending[op];
+            if (ranges[i].bytes > window || live > window - ranges[i].bytes)
+                return refuse("and others that its first op reads exceed the window", i);
+            live += ranges[i].bytes;
+            ending[ranges[i].last] += ranges[i].bytes;
+        }
+        program->streamer.reset(new Streamer(ranges, count, window));
+    } catch (const std::exception &) { // out of memory, or of threads
+        return refuse("has no thread to bring it", 0);
+    }
+    return 0;
 }
 
 double ft_ceiling(const char *isa, uint32_t type, uint32_t threads, double seconds) {

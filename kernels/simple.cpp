@@ -50,7 +50,7 @@ uint64_t positions_bytes(const ft_op &op) {
 
 void run_embedding(const ft_op &op, const Context &context) {
     const int64_t channels = padded(op.out.c);
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     for (int64_t i = 0; i < op.out.w; i++) {
         int32_t id;
         memcpy(&id, context.at(op.a) + 4 * i, 4);
@@ -78,7 +78,7 @@ const char *check_sinusoid(const ft_op &op) {
 // Vaswani et al. 2017, as diffusers' get_timestep_embedding; an odd last channel is zero.
 void run_sinusoid(const ft_op &op, const Context &context) {
     const int64_t half = op.out.c / 2;
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     for (int64_t i = 0; i < op.out.w; i++) {
         const double t = get(context.at(op.a), FT_F32, i);
         char *out = context.at(op.out, 0, i);
@@ -109,7 +109,7 @@ const char *check_add(const ft_op &op) {
 void run_unary(const ft_op &op, const Context &context) {
     const bool two = op.kind == FT_ADD;
     const int64_t channels = padded(op.out.c);
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     const int64_t across = (op.out.w + 63) / 64;
     context.pool->each(op.out.h * across, [&](int64_t job, int) {
         const int64_t y = job / across, first = job % across * 64;
@@ -135,8 +135,8 @@ const char *check_load(const ft_op &op) {
 }
 
 void run_load(const ft_op &op, const Context &context) {
-    const int64_t plane = int64_t(op.a.h) * op.a.w;
-    if (op.out.border) zero_border(op.out, context);
+    const int64_t plane = op.a.pixel;
+    zero_border(op, context);
     context.pool->each(op.out.h, [&](int64_t y, int) {
         for (int64_t x = 0; x < op.out.w; x++) {
             char *out = context.at(op.out, y, x);
@@ -155,7 +155,7 @@ const char *check_store(const ft_op &op) {
 }
 
 void run_store(const ft_op &op, const Context &context) {
-    const int64_t plane = int64_t(op.a.h) * op.a.w;
+    const int64_t plane = op.out.pixel;
     context.pool->each(op.a.h, [&](int64_t y, int) {
         for (int64_t x = 0; x < op.a.w; x++) {
             const char *a = context.at(op.a, y, x);
@@ -202,7 +202,7 @@ void run_pick(const ft_op &op, const Context &context) {
         if (i == 0 || id > top) top = id, largest = i;
     }
     const int64_t i = op.size < 0 ? largest : found < 0 ? 0 : found;
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     memmove(context.at(op.out), context.at(op.a, 0, i), padded(op.a.c) * type_bytes(op.a.type));
 }
 

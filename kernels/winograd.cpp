@@ -155,8 +155,8 @@ bool winograd_fits(const ft_op &op, const Kernels &kernels) {
                        (op.a.type == FT_F32 && op.weight_type != FT_BF16);
     return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&
            !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
-           int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES && op.a.c >= LEAST_CHANNELS &&
-           op.out.c >= LEAST_CHANNELS;
+           (op.winograd == 2 || int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES) &&
+           op.a.c >= LEAST_CHANNELS && op.out.c >= LEAST_CHANNELS;
 }
 
 uint64_t winograd_scratch(const ft_op &op, const Kernels &, int threads) {
@@ -166,7 +166,7 @@ uint64_t winograd_scratch(const ft_op &op, const Kernels &, int threads) {
 
 void winograd_run(const ft_op &op, const Context &context) {
     const Run run{op, context, make_plan(op), context.kernels->tile[op.a.type][op.a.type]};
-    if (op.out.border) zero_border(op.out, context);
+    zero_border(op, context);
     for (int64_t row = 0; row < run.plan.down; row += run.plan.band_rows) run.band(row);
 }
 

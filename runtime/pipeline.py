@@ -18,8 +18,12 @@ from .. import bundle as bundles
 from .. import kernels
 from ..bundle import TEXT_ENCODERS, Bundle, Recipe
 from ..errors import FerrotypeError
-from . import samplers, schedules
+from . import memory, samplers, schedules, tiles
+from . import plan as plans
 from .engines import Arrays, Engine, open_engine
+from .engines.native import Arena
+from .memory import parse_bytes
+from .plan import Plan, Run, Stage
 from .samplers import Step, Table
 from .seeds import SEEDS, Noise
 from .tokenizer import Tokenizer
@@ -29,6 +33,7 @@ Array32 = npt.NDArray[np.float32]
 EMBEDDED = Path(__file__).parent.parent / "models" / "emoji.ferro"  # for the native engine
 EMBEDDED_ONNX = EMBEDDED.with_name("emoji-onnx.ferro")  # the same model for onnxruntime
 MAX_GUIDANCE = 50.0
+ROWS = 64  # of a picture that are turned into bytes at once
 CACHED_PROMPTS = 64  # embeddings are a few hundred KiB; encoding again would load the text encoder
 # What a sampler is run on when the recipe was made for another one.
 SPACING = {"lcm": "lcm", "tcd": "lcm"}
@@ -72,10 +77,13 @@ def embedded() -> Path:
 class Pipeline:
     """Draws with a bundle.
 
-    One component is in memory at a time, unless `resident`: then each stays once loaded.  The
-    picture is the same.  `isa` is the instruction set that the native engine is to use, by name, if
-    not the best that runs here.  `opener` loads a component; by default the engine of the bundle's
-    target.
+    `budget` is in bytes, above what the interpreter takes: what does not fit is refused before
+    anything is loaded, by plan.Refusal.  One component is in memory at a time, unless
+    `resident`: then each stays once loaded, if all fit.  The picture is the same.  `tiles` lets the
+    autoencoder work in tiles where nothing else fits, which changes it a little.  `isa` is the
+    instruction set that the native engine is to use, by name, if not the best that runs here.
+    `opener` loads a component; by default the engine of the bundle's target.  `watch` is told the
+    component before each of its runs.
     """
 
     def __init__(
@@ -85,15 +93,21 @@ class Pipeline:
         resident: bool = False,
         opener: Callable[[Bundle, str], Engine] | None = None,
         isa: str | None = None,
+        budget: int | None = None,
+        tiles: bool = False,
+        watch: Callable[[str], object] = lambda component: None,
     ) -> None:
         if threads is not None and not 1 <= threads <= 64:
             raise ValueError(f"threads is {threads}: it must be 1 to 64")
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._open = opener or (lambda bundle, name: open_engine(bundle, name, threads, isa))
-        self._resident = resident
-        self._engines: dict[str, Engine] = {}
+        self.budget = budget
+        self._threads, self._isa, self._opener, self._tiles = threads, isa, opener, tiles
+        self._resident, self._watch = resident, watch
+        self._arena = Arena()
+        self._engines: dict[str, tuple[Stage | None, Engine]] = {}
         self._texts: dict[str, Text] = {}
+        self.planned: Plan | None = None  # of the run before, for what is asked for apart
 
     @classmethod
     def load(
@@ -102,13 +116,18 @@ class Pipeline:
         threads: int | None = None,
         resident: bool = False,
         isa: str | None = None,
+        memory: int | str | None = None,
+        tiles: bool = False,
+        watch: Callable[[str], object] = lambda component: None,
     ) -> Pipeline:
         """Open the bundle at `path`, or the embedded one; no weights are read yet.
 
-        Raises BundleError for anything that is no sound bundle.
+        `memory` is the budget: bytes, or text like "512MiB".  Raises BundleError for anything that
+        is no sound bundle, ValueError for what is no amount of memory.
         """
+        budget = parse_bytes(memory) if isinstance(memory, str) else memory
         bundle = bundles.load(embedded() if path is None else path)
-        return cls(bundle, threads, resident, isa=isa)
+        return cls(bundle, threads, resident, isa=isa, budget=budget, tiles=tiles, watch=watch)
 
     # --- what a run will do ---------------------------------------------------------------------
 
@@ -149,19 +168,23 @@ class Pipeline:
         """Side of the square of pixels that one latent stands for: 8 in every Stable Diffusion."""
         return 2 ** (len(self.bundle.component("vae_decoder").config["block_out_channels"]) - 1)
 
-    def stages(self, table: Table, guidance: float) -> list[tuple[str, int, int]]:
-        """What a run without a negative prompt loads, in order: component, bytes on disk, runs."""
+    def plan(
+        self,
+        table: Table,
+        guidance: float,
+        size: tuple[int, int] | None = None,
+        flops: float = plans.FLOPS,
+    ) -> Plan:
+        """How a run fits the budget: what is loaded, and the most that is in memory.
+
+        `flops`: what the machine multiplies in a second, for rough times.  Raises plan.Refusal.
+        """
+        size = size or self.manifest.sizes.default
         passes = 2 if self._two_passes(guidance) else 1
-        texts = 1 if self.manifest.recipe.zero_negative else passes
-        image = 1 if table.start_image else 0
-        runs = {
-            **dict.fromkeys(self._text_encoders, texts),
-            "vae_encoder": image,
-            "unet": passes * len(table.rows),
-            "vae_decoder": 1,
-        }
-        parts = self.manifest.components
-        return [(n, self.bundle.bytes_of(parts[n].path), r) for n, r in runs.items() if r]
+        run = Run(size, len(table.rows), passes, bool(table.start_image), self._resident)
+        return plans.make(
+            self.bundle, run, self.budget, self._threads, self._isa, self._tiles, flops
+        )
 
     # --- the stages -----------------------------------------------------------------------------
 
@@ -172,14 +195,15 @@ class Pipeline:
         """
         if prompt not in self._texts:
             names = self._text_encoders
+            self._make_room()
             tokens = [Tokenizer(self.bundle, TEXT_ENCODERS[name])(prompt) for name in names]
+            memory.trim()  # the tokenizers' tables are tens of megabytes
             for told in dict.fromkeys((t.dropped, t.ids.shape[1]) for t in tokens if t.dropped):
                 warnings.warn(_dropped(*told), PromptWarning, 2)
             while len(self._texts) >= CACHED_PROMPTS:
                 del self._texts[next(iter(self._texts))]
-            outputs = [
-                self._run(name, {"input_ids": t.ids}) for name, t in zip(names, tokens, strict=True)
-            ]
+            pairs = zip(names, tokens, strict=True)
+            outputs = [self._run(name, {"input_ids": t.ids}) for name, t in pairs]
             states = np.concatenate([out[bundles.states_of(out)] for out in outputs], axis=-1)
             self._texts[prompt] = Text(states, outputs[-1].get("text_embeds"))
         return self._texts[prompt]
@@ -215,10 +239,14 @@ class Pipeline:
                 f"a negative prompt has no effect at guidance {recipe.guidance:g} with this model: "
                 "leave it out" + ("" if self._embeds_guidance else " or set guidance above 1")
             )
-        return self._denoise(prompt, negative, recipe.guidance, table, noise, size, image)
+        if not self._opener:  # engines of others have no plan
+            self.planned = self.plan(table, recipe.guidance, size)
+        plan = self.planned
+        return self._denoise(plan, prompt, negative, recipe.guidance, table, noise, size, image)
 
     def _denoise(
         self,
+        plan: Plan | None,
         prompt: str,
         negative: str,
         guidance: float,
@@ -227,6 +255,7 @@ class Pipeline:
         size: tuple[int, int],
         image: Image.Image | None,
     ) -> Iterator[Step]:
+        self.planned = plan
         text = self.encode(prompt)
         negative_text = None
         if self._two_passes(guidance):
@@ -244,6 +273,7 @@ class Pipeline:
             extra["time_ids"] = np.array([[height, width, 0, 0, height, width]], np.float32)
 
         def predict(x: Array32, timestep: float) -> Array32:
+            self.planned = plan  # another run may have begun meanwhile
             inputs = {"sample": x, "timestep": np.array(timestep, np.float32), **extra}
             conditional = self._unet(inputs, text)
             if negative_text is None:
@@ -262,26 +292,43 @@ class Pipeline:
 
     def decode(self, latents: Array32 | Step) -> Image.Image:
         """The picture of latents, or of a Step's."""
-        values = self.decode_array(latents.latents if isinstance(latents, Step) else latents)
-        return Image.fromarray((values * 255).round().astype(np.uint8))
+        sample = self._decoded(latents.latents if isinstance(latents, Step) else latents)
+        picture = np.empty((*sample.shape[2:], 3), np.uint8)
+        for first in range(0, len(picture), ROWS):  # a few at a time: no copies of the whole
+            rows = slice(first, first + ROWS)
+            picture[rows] = (_to_pixels(sample[:, :, rows]) * 255).round()
+        return Image.fromarray(picture)
 
     def decode_array(self, latents: Array32) -> Array32:
         """The picture of latents as float32 in [0, 1]: (height, width, 3)."""
+        return _to_pixels(self._decoded(latents))
+
+    def _decoded(self, latents: Array32) -> Array32:
+        """(1, 3, height, width) in about [-1, 1]."""
         config = self.bundle.component("vae_decoder").config
         scaled = latents / np.float32(config["scaling_factor"])
-        sample = self._run("vae_decoder", {"latent_sample": scaled})["sample"]
-        if not np.isfinite(sample).all():
+        side = self.pixels_per_latent
+        stage = self._stage("vae_decoder", (side * latents.shape[3], side * latents.shape[2]))
+
+        def run(piece: Array32) -> Array32:
+            return self._run("vae_decoder", {"latent_sample": piece}, stage)["sample"]
+
+        tile = stage.tile if stage else 0
+        sample = tiles.decode(scaled, tile, side, run) if tile else run(scaled)
+        if not all(np.isfinite(plane).all() for plane in sample[0]):
             raise PipelineError(
                 "the vae_decoder returned NaN or Inf, which would be a black picture: "
                 "convert with --activations fp32"
             )
-        return _to_pixels(sample)
+        return sample
 
     def encode_image(self, image: Image.Image, size: tuple[int, int], noise: Noise) -> Array32:
         """Latents of a picture, scaled and cropped to `size`; draws once from `noise`."""
+        self._make_room()
         pixels = np.asarray(_fit(image, size), np.float32) / 127.5 - 1
         sample = pixels.transpose(2, 0, 1)[None]
-        parameters = self._run("vae_encoder", {"sample": sample})["latent_parameters"]
+        stage = self._stage("vae_encoder", size)
+        parameters = self._run("vae_encoder", {"sample": sample}, stage)["latent_parameters"]
         mean, log_variance = np.split(parameters, 2, axis=1)
         std = np.exp(np.float32(0.5) * log_variance.clip(-30, 20))
         factor = self.bundle.component("vae_decoder").config["scaling_factor"]
@@ -334,14 +381,47 @@ class Pipeline:
         """Give back the memory of every loaded component."""
         self._engines.clear()
 
+    def _make_room(self) -> None:
+        """For what needs some before a component runs: a plan counts nothing beside it."""
+        if not self._resident:
+            self.release()
+        self._arena.release()
+
     # --- components -----------------------------------------------------------------------------
 
-    def _run(self, component: str, inputs: Arrays) -> Arrays:
-        if component not in self._engines:
-            if not self._resident:
+    def _run(self, component: str, inputs: Arrays, stage: Stage | None = None) -> Arrays:
+        stage = stage or self._stage(component)
+        opened = self._engines.get(component)
+        if opened is None or opened[0] != stage:
+            if not self._resident or (stage and stage.mode != "resident"):
                 self.release()  # before the next is loaded, so that two are never in memory
-            self._engines[component] = self._open(self.bundle, component)
-        return self._engines[component](inputs)
+            self._engines.pop(component, None)
+            self._engines[component] = stage, self._load(component, stage)
+        self._watch(component)
+        return self._engines[component][1](inputs)
+
+    def _load(self, component: str, stage: Stage | None) -> Engine:
+        if self._opener:
+            return self._opener(self.bundle, component)
+        return open_engine(self.bundle, component, self._threads, self._isa, stage, self._arena)
+
+    def _stage(self, component: str, size: tuple[int, int] | None = None) -> Stage | None:
+        """How the plan of the run has a component; for what is asked for apart, a plan of its own.
+
+        Engines of others have none.
+        """
+        if self._opener:
+            return None
+        now = self.planned
+        size = size or (now.size if now else self.manifest.sizes.default)
+        stage = now.stage(component) if now and now.size == size else None
+        if stage is None:
+            run = Run(size, 1, image=component == "vae_encoder", repeats=self._resident)
+            self.planned = plans.make(
+                self.bundle, run, self.budget, self._threads, self._isa, self._tiles
+            )
+            stage = self.planned.stage(component)
+        return stage
 
     def _unet(self, inputs: Arrays, text: Text) -> Array32:
         inputs = {**inputs, "encoder_hidden_states": text.states}

@@ -98,7 +98,7 @@ class Weight:
 # --- activations --------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Storage:
     """A tensor that will have a place in the arena: h x w pixels of c channels.
 
@@ -111,6 +111,8 @@ class Storage:
     type: Type
     planar: bool = False
     border: bool = False  # of zeros, one pixel wide: a reader looks over the edge
+    upon: Storage | None = None  # whose place it takes, row by row
+    pin: int | None = None  # the byte of the arena where it starts, if it matters
 
     @property
     def pixel(self) -> int:
@@ -141,21 +143,24 @@ class Storage:
         return all(getattr(self, name) == getattr(other, name) for name in fields)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Value:
     """Some channels of a tensor, `c` from `first` on: all of them, or a slice.
 
-    `joined` is another view: all pixels, padding included, as the channels of one.
+    `joined` is another view: all pixels, padding included, as the channels of one.  `rows`, if
+    given, are those from `top` on, alone.
     """
 
     storage: Storage
     c: int
     first: int = 0
     joined: bool = False
+    top: int = 0
+    rows: int | None = None
 
     @property
     def h(self) -> int:
-        return 1 if self.joined else self.storage.h
+        return 1 if self.joined else self.storage.h if self.rows is None else self.rows
 
     @property
     def w(self) -> int:
@@ -165,7 +170,7 @@ class Value:
         """For the engine; its offset counts from the start of the storage."""
         s = self.storage
         return Tensor(
-            offset=s.lead + self.first * s.type.bytes,
+            offset=s.lead + (self.top * s.row + self.first) * s.type.bytes,
             type=s.type,
             h=self.h,
             w=self.w,
@@ -176,9 +181,13 @@ class Value:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Node:
-    """An op.  `settings` are the numbers of ferrotype.h's ft_op, by name."""
+    """An op.  `settings` are the numbers of ferrotype.h's ft_op, by name.
+
+    `band` and `before`: which rows of an image it makes, and how many have been added up; a band
+    shares the rest with the others.
+    """
 
     name: str
     kind: Kind
@@ -191,6 +200,8 @@ class Node:
     bias: Packed | None = None
     act: Act = Act.NONE
     settings: Mapping[str, float] = field(default_factory=dict)
+    band: int = 0
+    before: int = 0
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -198,10 +209,13 @@ class Node:
 
     def lower(self, weights: Mapping[str, Weight]) -> Op:
         """For the engine; tensors have offsets within their storage, and scratch is missing."""
-        op = Op(kind=self.kind, act=self.act)
+        op = Op(kind=self.kind, act=self.act, band=self.band, size=self.before)
         for name in ("out", "a", "b", "c", "add"):
             if value := getattr(self, name):
-                setattr(op, name, value.tensor())
+                tensor = value.tensor()
+                if self.kind in (Kind.LOAD, Kind.STORE) and value.storage.planar:
+                    tensor.pixel = value.storage.h * value.storage.w  # from plane to plane
+                setattr(op, name, tensor)
         if self.weight:
             place = weights[self.weight.name]
             op.weight, op.weight_type = place.offset, place.type

@@ -41,6 +41,7 @@ PAIRS = {  # of activations and weights that every instruction set multiplies
     "f16": (Type.F16, Type.F16),
 }
 FLOATS = {"f32": Type.F32, "bf16": Type.BF16, "f16": Type.F16}
+ABOVE, BELOW = 1, 2  # ft_op.band
 GUARD = 256  # bytes before the first and after the last tensor
 
 
@@ -140,6 +141,7 @@ class Placed:
     region: Region
     at: int  # of pixel (0, 0) in the region
     values: np.ndarray
+    planes: bool = False
 
 
 @dataclass
@@ -168,16 +170,19 @@ class Case:
         """float64 of `out`, padding and border cut off, after a look at both."""
         t = self.op.out
         kind = Type(t.type)
-        if self.op.kind in (Kind.STORE, Kind.BYTES):
-            dense = arena[t.offset : t.offset + t.h * t.w * t.c * kind.bytes]
-            shape = (t.c, t.h, t.w) if self.op.kind == Kind.STORE else (t.h, t.w, t.c)
-            values = dense.view(np.float32 if kind == Type.F32 else np.uint8).reshape(shape)
-            return values.astype(np.float64)
+        if self.op.kind == Kind.STORE:
+            return _planes(arena, t).astype(np.float64)
+        if self.op.kind == Kind.BYTES:
+            dense = arena[t.offset : t.offset + t.h * t.w * t.c]
+            return dense.reshape(t.h, t.w, t.c).astype(np.float64)
+        if self.op.kind == Kind.MOMENTS:
+            return sums_of(arena[t.offset : t.offset + t.c * kind.bytes])
         values = _pixels(arena, t)
         inside = values[t.border : t.h + t.border, t.border : t.w + t.border]
         assert not inside[..., t.c :].any(), f"{self}: the padding of the channels is not zero"
-        frame = values.copy()
-        frame[t.border : t.h + t.border, t.border : t.w + t.border] = 0
+        frame = values[_written_rows(t, self.op.band)].copy()
+        above = t.border and not self.op.band & ABOVE
+        frame[above : t.h + above, t.border : t.w + t.border] = 0
         assert not frame.any(), f"{self}: the border is not zero"
         return inside[..., : t.c]
 
@@ -201,6 +206,24 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.name} (KERNEL_SEED={self.seed})"
+
+
+def _written_rows(t: Tensor, band: int) -> slice:
+    """Of a tensor with its border, those that an op writes: others are another band's."""
+    first = t.border if band & ABOVE else 0
+    return slice(first, t.h + (t.border if band & BELOW else 2 * t.border))
+
+
+def _planes(memory: np.ndarray, t: Tensor, at: int | None = None) -> np.ndarray:
+    """The (c, h, w) elements of planes, to read or to write."""
+    start = t.offset if at is None else at
+    return np.ndarray((t.c, t.h, t.w), np.float32, memory.data, start, (4 * t.pixel, 4 * t.row, 4))
+
+
+def sums_of(stored: np.ndarray) -> np.ndarray:
+    """float64 of what FT_MOMENTS keeps: by channel, two sums in fp64, and the shift in fp32."""
+    totals = stored.size // 5 * 4
+    return np.concatenate([stored[:totals].view(np.float64), stored[totals:].view(np.float32)])
 
 
 def _pixels(arena: np.ndarray, t: Tensor) -> np.ndarray:
@@ -251,13 +274,28 @@ class Build:
             view[border : h + border, border : w + border, :c] = encode(values, kind)
         return placed
 
-    def dense(self, values: np.ndarray, kind: Type, planes: bool = False) -> Placed:
-        """Place (h, w, c) values without padding, or as planes."""
+    def dense(self, values: np.ndarray, kind: Type) -> Placed:
+        """Place (h, w, c) values without padding."""
         h, w, c = values.shape
-        pixel = 1 if planes else c
-        stored = encode(values.transpose(2, 0, 1) if planes else values, kind)
-        region = Region(np.frombuffer(stored.tobytes(), np.uint8).copy())
-        return self._place(region, 0, (h, w, c, pixel, pixel * w, 0), values, kind)
+        region = Region(np.frombuffer(encode(values, kind).tobytes(), np.uint8).copy())
+        return self._place(region, 0, (h, w, c, c, c * w, 0), values, kind)
+
+    def planes(self, values: np.ndarray, apart: int = 0) -> Placed:
+        """Place (h, w, c) values as planes of fp32 with so many elements between them."""
+        h, w, c = values.shape
+        pixel = h * w + apart
+        region = Region(garbage(self.rng, 4 * ((c - 1) * pixel + h * w)))
+        placed = self._place(region, 0, (h, w, c, pixel, w, 0), values, Type.F32)
+        placed.planes = True
+        _planes(region.data, placed.tensor, 0)[:] = values.transpose(2, 0, 1)
+        return placed
+
+    def sums(self, shift: np.ndarray, totals: np.ndarray) -> Placed:
+        """Place what FT_MOMENTS keeps: by channel a shift, and the two totals."""
+        placed = self.tensor(np.zeros((1, 1, 5 * shift.size)), Type.F32, out=True)
+        parts = (totals.astype(np.float64), shift.astype(np.float32))
+        placed.region.data[:] = np.frombuffer(b"".join(p.tobytes() for p in parts), np.uint8)
+        return placed
 
     def fused(self, parts: list[np.ndarray], kind: Type) -> list[Placed]:
         """Tensors that lie side by side in the pixels of one; each fills whole lanes."""
@@ -316,7 +354,7 @@ class Build:
                 setattr(op, key, len(weights))
                 weights += data
         packed = np.frombuffer(bytes(weights), np.uint8)
-        writable = self._writable(fields["out"], arena.size)
+        writable = self._writable(fields["out"], arena.size, fields.get("band", 0))
         shape = expected.shape
         return Case(
             name, seed, op, arena, packed, writable, expected, np.broadcast_to(bound, shape)
@@ -336,18 +374,23 @@ class Build:
             placed.tensor.offset = placed.region.start + placed.at
         return arena
 
-    def _writable(self, out: Placed, size: int) -> np.ndarray:
+    def _writable(self, out: Placed, size: int, band: int) -> np.ndarray:
         mask = np.zeros(size, bool)
         t = out.tensor
         bytes_ = Type(t.type).bytes
-        if t.type == Type.U8 or t.pixel < LANES:
-            mask[t.offset : t.offset + t.h * t.w * t.c * bytes_] = True
+        if t.type == Type.U8:
+            mask[t.offset : t.offset + t.h * t.w * t.c] = True
+            return mask
+        if out.planes:
+            for c in range(t.c):
+                start = t.offset + c * t.pixel * bytes_
+                mask[start : start + t.h * t.w * bytes_] = True
             return mask
         b = t.border
         start = t.offset - b * (t.row + t.pixel) * bytes_
         shape = (t.h + 2 * b, t.w + 2 * b, padded(t.c) * bytes_)
         view = np.ndarray(shape, bool, mask.data, start, (t.row * bytes_, t.pixel * bytes_, 1))
-        view[:] = True
+        view[_written_rows(t, band)] = True
         return mask
 
 
@@ -464,7 +507,8 @@ class MatMul:
     residual: bool = False
     in_place: bool = False  # the result replaces the residual
     late: bool = False
-    winograd: bool = False
+    winograd: int = 0  # 2: however small the image
+    band: int = 0
     border: tuple[int, int] = (0, 0)  # of inputs, of the result
     wide: tuple[int, int] = (0, 0)
     out: Type | None = None  # None: of activations
@@ -493,6 +537,8 @@ class MatMul:
         parts += ["wide"] if any(self.wide) else []
         parts += [f"to-{self.out.name.lower()}"] if self.out is not None else []
         parts += [f"crop{self.crop}"] if self.crop else []
+        parts += ["always"] if self.winograd == 2 else []
+        parts += [f"band{self.band}"] if self.band else []
         return "-".join(parts)
 
     def case(self, name: str, seed: int, types: tuple[Type, Type]) -> Case:
@@ -549,6 +595,7 @@ class MatMul:
             geglu=self.geglu,
             late=self.late,
             winograd=self.winograd,
+            band=self.band,
             **extra,
         )
 
@@ -659,6 +706,12 @@ def convolutions() -> Iterator[MatMul]:
     yield MatMul(2, 2, (1552,), 17, **last)
     yield MatMul(20, 21, (180,), 9, **last)
     yield MatMul(15, 14, (800,), 9, upsample=True, **last)
+    for band in (ABOVE, BELOW, ABOVE | BELOW):
+        yield MatMul(4, 5, (24,), 20, band=band, **last)
+    yield MatMul(1, 5, (24,), 20, band=ABOVE | BELOW, wide=(16, 32), **last)
+    yield MatMul(3, 4, (16,), 20, upsample=True, band=BELOW, **last)
+    yield MatMul(5, 7, (16,), 20, stride=2, band=ABOVE, **last)
+    yield MatMul(3, 5, (20,), 16, band=ABOVE, border=(0, 1), residual=True, in_place=True)
 
 
 def winograds() -> Iterator[MatMul]:
@@ -671,6 +724,15 @@ def winograds() -> Iterator[MatMul]:
     yield MatMul(16, 18, (70,), 64, out=Type.F32, bias=False, **fit)
     yield MatMul(15, 17, (64,), 64, **fit)
     yield MatMul(6, 8, (20,), 20, **fit)
+    always = fit | {"winograd": 2}
+    for h, w in ((2, 2), (2, 6), (4, 2), (6, 8), (8, 16)):
+        yield MatMul(h, w, (64,), 64, **always)
+    yield MatMul(4, 6, (65,), 129, act=Act.SILU, add=True, residual=True, wide=(16, 32), **always)
+    yield MatMul(2, 10, (64,), 80, band=ABOVE | BELOW, residual=True, in_place=True, **always)
+    yield MatMul(4, 4, (80,), 64, band=ABOVE, out=Type.F32, **always)
+    yield MatMul(3, 4, (64,), 64, **always)
+    yield MatMul(4, 5, (64,), 64, **always)
+    yield MatMul(4, 4, (63,), 64, **always)
 
 
 # --- norms --------------------------------------------------------------------------------------
@@ -768,8 +830,152 @@ def group_norms() -> Iterator[GroupNorm]:
     yield GroupNorm(5, 5, (32,), 8, Act.QUICK_GELU)
     yield GroupNorm(5, 5, (32,), 8, Act.GELU)
     yield GroupNorm(70, 61, (16,), 4, Act.SILU)
+    for h, w in ((1, 63), (2, 64), (3, 65), (63, 1), (64, 2), (65, 3), (130, 129)):
+        yield GroupNorm(h, w, (17,), 1, border=(h % 2, 1))
     yield GroupNorm(9, 9, (32,), 4, mean=100.0)
     yield GroupNorm(4, 4, (32,), 4, constant=True)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the rows of a band, added to those of `before` rows above, if there are any.
+
+    Differences from the shift p and their sums are in fp32 over 64 pixels at most: off by
+    sum_error(64) of |x - p|, and twice that of (x - p)^2; adding those up in fp64 costs nothing.
+    """
+
+    h: int
+    w: int
+    c: int
+    before: int = 0
+    border: int = 0
+    wide: tuple[int, int] = (0, 0)
+    mean: float = 0.0
+
+    def label(self) -> str:
+        parts = [f"{self.h}x{self.w}x{self.c}"]
+        parts += [f"after{self.before}"] if self.before else []
+        parts += ["border"] if self.border else []
+        parts += ["wide"] if any(self.wide) else []
+        return "-".join(parts + ([f"mean{self.mean:g}"] if self.mean else []))
+
+    def case(self, name: str, seed: int, kind: Type) -> Case:
+        build = Build(np.random.default_rng(seed))
+        values = norm_input(build, self.h, self.w, self.c, self.mean)
+        a = build.tensor(values, kind, self.border, self.wide)
+        x = np.pad(a.values, ((0, 0), (0, 0), (0, padded(self.c) - self.c)))
+        n, shift, totals = x.shape[2], x[0, 0], np.zeros((2, x.shape[2]))
+        if self.before:
+            shift, totals = build.normal(n), 1e3 * build.normal(2, n)
+            shift[self.c :], totals[:, self.c :] = 0, 0
+            out = build.sums(shift, totals)
+            shift = rounded(shift, Type.F32)
+        else:
+            out = build.tensor(np.zeros((1, 1, 5 * n)), Type.F32, out=True)
+        away, count = x - shift, min(64, self.w)
+        y = np.stack([totals[0] + away.sum((0, 1)), totals[1] + (away**2).sum((0, 1))])
+        sizes = np.stack([abs(away).sum((0, 1)), 2 * (away**2).sum((0, 1))])
+        error = sum_error(count, sizes) + 2.0**-50 * abs(totals)
+        y, error = np.concatenate([*y, shift]), np.concatenate([*error, np.zeros(n)])
+        fields = {"kind": Kind.MOMENTS, "size": self.before}
+        return build.finish(name, seed, y, error + SMALLEST[Type.F32], out=out, a=a, **fields)
+
+
+def moments() -> Iterator[Moments]:
+    """Channels around a vector; pixels around what fp32 adds up; rows around a batch of them."""
+    for i, c in enumerate((1, 4, 15, 16, 17, 31, 32, 33, 64, 96)):
+        yield Moments(1 + i % 3, 1 + 3 * i, c, before=i % 2 * 5)
+    for i, (h, w) in enumerate(((1, 1), (1, 63), (2, 64), (3, 65), (1, 128), (1, 129))):
+        yield Moments(h, w, 20, before=i % 2)
+    for h in (63, 64, 65, 129):
+        yield Moments(h, 3, 17, before=h % 2 * 7)
+    yield Moments(5, 6, 24, border=1, wide=(16, 32))
+    yield Moments(5, 6, 24, before=3, border=1, wide=(16, 32))
+    yield Moments(4, 33, 16, mean=100.0)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A band of a group norm: `above` and `below` are rows that the sums are of as well.
+
+    The sums are exact and what is made of them is in fp64; applied as x * scale + shift in fp32,
+    three roundings of the parts.
+    """
+
+    h: int
+    w: int
+    c: int
+    groups: int
+    act: Act = Act.NONE
+    above: int = 0
+    below: int = 0
+    border: tuple[int, int] = (0, 0)
+    wide: tuple[int, int] = (0, 0)
+    in_place: bool = False
+
+    def label(self) -> str:
+        parts = [f"{self.h}x{self.w}x{self.c}by{self.groups}"]
+        parts += [self.act.name.lower()] if self.act else []
+        parts += [f"rows{self.above}+{self.below}"] if self.above or self.below else []
+        parts += [f"border{self.border[0]}{self.border[1]}"] if any(self.border) else []
+        parts += ["wide"] if any(self.wide) else []
+        return "-".join(parts + (["in-place"] if self.in_place else []))
+
+    def case(self, name: str, seed: int, kind: Type) -> Case:
+        build = Build(np.random.default_rng(seed))
+        eps, n = float(np.float32(1e-5)), self.c
+        image = norm_input(build, self.above + self.h + self.below, self.w, n, 0.0)
+        a = build.tensor(image[self.above : self.above + self.h], kind, self.border[0], self.wide)
+        whole, x = rounded(image, kind), a.values
+        shift, away = whole[0, 0], whole - whole[0, 0]
+        totals = np.stack([away.sum((0, 1)), (away**2).sum((0, 1))])
+        extra = ((0, 0), (0, padded(n) - n))
+        sums = build.sums(np.pad(shift, extra[1]), np.pad(totals, extra))
+        gamma, beta = 1 + build.normal(n, scale=0.2), build.normal(n, scale=0.2)
+        g, b = rounded(gamma, Type.F32), rounded(beta, Type.F32)
+        each = n // self.groups
+        grouped = whole.reshape(-1, self.groups, each)
+        mean = grouped.mean((0, 2)).repeat(each)
+        scale = g / np.sqrt(grouped.var((0, 2)).repeat(each) + eps)
+        y = (x - mean) * scale + b
+        error = 3 * U * (abs(x * scale) + abs(mean * scale) + abs(b))
+        y, error = activated(self.act, y, error)
+        out = a
+        if not self.in_place:
+            out = build.tensor(np.zeros_like(x), kind, self.border[1], self.wide, out=True)
+        band = (ABOVE if self.above else 0) | (BELOW if self.below else 0)
+        return build.finish(
+            name,
+            seed,
+            y,
+            stored(y, error, kind),
+            vector(gamma),
+            vector(beta),
+            kind=Kind.AFFINE,
+            act=self.act,
+            out=out,
+            a=a,
+            b=sums,
+            groups=self.groups,
+            size=whole.shape[0] * self.w,
+            band=band,
+            x=eps,
+        )
+
+
+def affines() -> Iterator[Affine]:
+    """Bands at the top, in the middle, at the bottom; channels around a vector; borders."""
+    for i, c in enumerate((1, 4, 15, 16, 17, 32, 33, 64, 96)):
+        groups = max(1, c // 4 if c % 4 == 0 else 1)
+        yield Affine(1 + i % 4, 3 + i, c, groups, (Act.NONE, Act.SILU)[i % 2], i % 3, (i + 1) % 3)
+    for above, below in ((0, 0), (0, 3), (2, 0), (2, 3)):
+        yield Affine(3, 4, 20, 5, Act.SILU, above, below, border=(0, 1))
+        yield Affine(1, 5, 24, 8, Act.NONE, above, below, border=(1, 1), wide=(16, 32))
+        yield Affine(2, 7, 16, 4, Act.SILU, above, below, border=(1, 1), in_place=True)
+    for i, w in enumerate((1, 63, 64, 65, 129)):
+        yield Affine(1 + i % 2, w, 17, 1, above=i)
+    for act in (Act.GELU, Act.QUICK_GELU, Act.RELU):
+        yield Affine(4, 5, 32, 8, act, below=1)
 
 
 @dataclass(frozen=True)
@@ -1057,9 +1263,11 @@ class Unary:
     border: tuple[int, int] = (0, 0)
     wide: tuple[int, int] = (0, 0)
     in_place: bool = False
+    band: int = 0
 
     def label(self) -> str:
         parts = [f"{self.h}x{self.w}x{self.c}"]
+        parts += [f"band{self.band}"] if self.band else []
         parts += [self.act.name.lower()] if self.act else []
         parts += [f"to-{self.out.name.lower()}"] if self.out is not None else []
         parts += ["border"] if any(self.border) else []
@@ -1081,14 +1289,17 @@ class Unary:
         if not self.in_place:
             zeros = np.zeros_like(values)
             out = build.tensor(zeros, out_kind, self.border[1], self.wide, out=True)
-        code = Kind.ADD if self.two else Kind.UNARY
         bound = stored(y, error, out_kind)
-        return build.finish(name, seed, y, bound, kind=code, act=self.act, out=out, a=a, **extra)
+        extra |= {"kind": Kind.ADD if self.two else Kind.UNARY, "act": self.act, "band": self.band}
+        return build.finish(name, seed, y, bound, out=out, a=a, **extra)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Planes to channels-last, each value x times act(value): one rounding more."""
+    """Planes to channels-last, each value x times act(value): one rounding more.
+
+    `apart`: elements between two planes.
+    """
 
     h: int
     w: int
@@ -1097,20 +1308,24 @@ class Load:
     act: Act = Act.NONE
     border: int = 0
     wide: tuple[int, int] = (0, 0)
+    apart: int = 0
+    band: int = 0
 
     def label(self) -> str:
-        return f"{self.h}x{self.w}x{self.c}-x{self.x:g}-{self.act.name.lower()}-b{self.border}"
+        label = f"{self.h}x{self.w}x{self.c}-x{self.x:g}-{self.act.name.lower()}-b{self.border}"
+        label += f"-apart{self.apart}" if self.apart else ""
+        return label + (f"-band{self.band}" if self.band else "")
 
     def case(self, name: str, seed: int, kind: Type) -> Case:
         build = Build(np.random.default_rng(seed))
         values = build.normal(self.h, self.w, self.c, scale=4.0)
-        a = build.dense(values, Type.F32, planes=True)
+        a = build.planes(values, self.apart)
         x = float(np.float32(self.x))
         y, error = activated(self.act, a.values, np.zeros_like(values))
         y, error = y * x, error * abs(x) + U * abs(y * x)
         out = build.tensor(np.zeros_like(y), kind, self.border, self.wide, out=True)
         bound = stored(y, error, kind)
-        fields = {"kind": Kind.LOAD, "act": self.act, "x": x}
+        fields = {"kind": Kind.LOAD, "act": self.act, "x": x, "band": self.band}
         return build.finish(name, seed, y, bound, out=out, a=a, **fields)
 
 
@@ -1125,9 +1340,11 @@ class Store:
     y: float = 0.0
     border: int = 0
     wide: tuple[int, int] = (0, 0)
+    apart: int = 0  # elements between two planes
 
     def label(self) -> str:
-        return f"{self.h}x{self.w}x{self.c}-x{self.x:g}-y{self.y:g}-b{self.border}"
+        label = f"{self.h}x{self.w}x{self.c}-x{self.x:g}-y{self.y:g}-b{self.border}"
+        return label + (f"-apart{self.apart}" if self.apart else "")
 
     def case(self, name: str, seed: int, kind: Type) -> Case:
         build = Build(np.random.default_rng(seed))
@@ -1135,7 +1352,7 @@ class Store:
         x, y = (float(np.float32(v)) for v in (self.x, self.y))
         expected = (a.values * x + y).transpose(2, 0, 1)
         error = 2 * U * (abs(a.values * x) + abs(y)).transpose(2, 0, 1) + SMALLEST[Type.F32]
-        out = build.dense(np.full((self.h, self.w, self.c), np.nan), Type.F32, planes=True)
+        out = build.planes(np.full((self.h, self.w, self.c), np.nan), self.apart)
         fields = {"kind": Kind.STORE, "x": x, "y": y}
         return build.finish(name, seed, expected, error, out=out, a=a, **fields)
 
@@ -1207,6 +1424,10 @@ def others() -> Iterator[Any]:
             yield Unary(1 + i, 3 + i, c, act)
     yield Unary(4, 70, 24, Act.SILU, border=(1, 1), wide=(16, 16))
     yield Unary(4, 5, 24, Act.SILU, in_place=True)
+    for band in (ABOVE, BELOW, ABOVE | BELOW):
+        yield Unary(2, 5, 17, border=(1, 1), band=band)
+        yield Unary(1, 3, 17, two=True, border=(0, 1), wide=(16, 16), band=band)
+        yield Load(3, 5, 4, border=1, band=band, apart=7 * band)
     for out in FLOATS.values():
         yield Unary(3, 4, 17, out=out)
         yield Unary(3, 4, 17, Act.SILU, out=out)
@@ -1219,9 +1440,13 @@ def others() -> Iterator[Any]:
     yield Load(1, 1, 1, 1 / 0.18215, border=1)
     yield Load(4, 6, 17, 0.5, Act.TANH3, border=1, wide=(16, 32))
     yield Load(3, 3, 16, 2.0, Act.SILU)
+    yield Load(2, 5, 17, apart=1)
+    yield Load(1, 3, 1, border=1, apart=9)
     yield Store(5, 7, 4)
     yield Store(1, 1, 1, 0.5, 0.5, border=1)
     yield Store(4, 6, 17, 0.13025, -1.0, border=1, wide=(16, 32))
+    yield Store(2, 5, 17, apart=1)
+    yield Store(3, 5, 3, 0.5, 0.5, border=1, apart=40)
     yield Bytes(1, 1)
     yield Bytes(7, 5, border=1)
     yield Bytes(9, 33, 1.0, 0.0, wide=(16, 0))
@@ -1242,6 +1467,8 @@ def _table() -> Iterator[tuple[str, Kind, Any, Any]]:
             yield f"matmul-{name}-{spec.label()}", Kind.MATMUL, spec, types
     families = (
         (group_norms(), Kind.GROUP_NORM),
+        (moments(), Kind.MOMENTS),
+        (affines(), Kind.AFFINE),
         (layer_norms(), Kind.LAYER_NORM),
         (attentions(), Kind.ATTENTION),
         (others(), None),

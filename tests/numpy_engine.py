@@ -12,6 +12,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from ferrotype.kernels import LANES, NO_WEIGHT, Act, Kind, Type
 
 DTYPES = {Type.F32: np.float32, Type.BF16: np.uint16, Type.F16: np.float16, Type.I32: np.int32}
+ABOVE, BELOW = 1, 2  # ft_op.band: rows of the same image are there, where else is a border
 erf = np.vectorize(math.erf)
 
 
@@ -53,33 +54,62 @@ class Machine:
         strides = tuple(n * kind.bytes for n in (t.row, t.pixel, 1))
         return as_strided(flat, shape, strides)
 
-    def read(self, t, border=False):
-        """(h, w, padded channels); that padding and border are zero is checked."""
-        values = widen(self.view(t), Type(t.type))
-        assert not values[..., t.c :].any(), "padding is not zero"
-        if not t.border:
-            return values
-        inner = values[1:-1, 1:-1]
-        if border:
-            edge = values.copy()
-            edge[1:-1, 1:-1] = 0
-            assert not edge.any(), "border is not zero"
-            return values
-        return inner
-
-    def write(self, t, values):
-        """(h, w, c), rounded to the tensor's type; padding and border become zero."""
+    def read(self, t):
+        """(h, w, padded channels); that padding is zero is checked."""
         view = self.view(t)
-        view[:] = 0
+        values = widen(view[1:-1, 1:-1] if t.border else view, Type(t.type))
+        assert not values[..., t.c :].any(), "padding is not zero"
+        return values
+
+    def read_around(self, t, band, below):
+        """With its border, which must be zero but for the rows of bands above and below.
+
+        The one below need not be there if it is not read.
+        """
+        values = widen(self.view(t), Type(t.type))
+        if not below:
+            values[-1] = 0
+        assert not values[..., t.c :].any(), "padding is not zero"
+        edge = values.copy()
+        edge[(0 if band & ABOVE else 1) : (None if band & BELOW else -1), 1:-1] = 0
+        assert not edge.any(), "border is not zero"
+        return values
+
+    def write(self, op, values):
+        """(h, w, c), rounded to the type of out; padding and border become zero.
+
+        Of the border, not what is above and below a band.
+        """
+        t = op.out
+        view = self.view(t)
+        first = t.border if op.band & ABOVE else 0
+        view[first : len(view) - (t.border if op.band & BELOW else 0)] = 0
         inner = view[1:-1, 1:-1] if t.border else view
         inner[..., : t.c] = narrow(values[..., : t.c], Type(t.type))
 
-    def dense(self, t, planar):
-        count = t.h * t.w * t.c
+    def dense(self, t):
+        """(h, w, c) without padding."""
         kind = Type(t.type)
-        flat = self.arena[t.offset : t.offset + count * kind.bytes].view(DTYPES[kind])
-        assert (t.pixel, t.row) == ((1, t.w) if planar else (t.c, t.c * t.w))
-        return flat.reshape((t.c, t.h, t.w) if planar else (t.h, t.w, t.c))
+        flat = self.arena[t.offset : t.offset + t.h * t.w * t.c * kind.bytes].view(DTYPES[kind])
+        assert (t.pixel, t.row) == (t.c, t.c * t.w)
+        return flat.reshape(t.h, t.w, t.c)
+
+    def planes(self, t):
+        """(c, h, w), `pixel` elements from one plane to the next."""
+        assert t.pixel >= t.h * t.w
+        assert t.row == t.w
+        assert t.type == Type.F32
+        last = (t.c - 1) * t.pixel + t.h * t.w
+        flat = self.arena[t.offset : t.offset + last * 4].view(np.float32)
+        return as_strided(flat, (t.c, t.h, t.w), (4 * t.pixel, 4 * t.w, 4))
+
+    def sums(self, t):
+        """Of a norm: (2, channels) in float64, sums and squares; and the shift of each, float32."""
+        channels = t.c // 5
+        assert (t.h, t.w, t.type, t.offset % 8) == (1, 1, Type.F32, 0)
+        stored = self.arena[t.offset : t.offset + 20 * channels]
+        totals, shift = np.split(stored, [16 * channels])
+        return totals.view(np.float64).reshape(2, channels), shift.view(np.float32)
 
     def weight(self, offset, kind, count):
         assert offset % 64 == 0
@@ -128,7 +158,12 @@ def matrices(m, op, taps, k, blocks):
 
 def matmul(m, op):
     blocks = padded(op.out.c) // LANES * (2 if op.geglu else 1)
-    a = m.read(op.a, border=op.side == 3)
+    last = (op.out.h - 1) * op.stride - op.pad + op.side - 1  # the last row that is read
+    a = (
+        m.read_around(op.a, op.band, op.upsample or last >= op.a.h)
+        if op.side == 3
+        else m.read(op.a)
+    )
     if op.b.h:
         a = np.concatenate([a, m.read(op.b)], axis=-1)
     side = 2 if op.upsample else op.side
@@ -155,7 +190,7 @@ def matmul(m, op):
         sums = activate(sums, op.act)
     if op.c.h:
         sums = sums + m.read(op.c)
-    m.write(op.out, activate(sums, op.act) if op.late else sums)
+    m.write(op, activate(sums, op.act) if op.late else sums)
 
 
 def doubled(a, w, op):
@@ -177,7 +212,28 @@ def group_norm(m, op):
     mean, variance = groups.mean((0, 2), keepdims=True), groups.var((0, 2), keepdims=True)
     x = ((groups - mean) / np.sqrt(variance + op.x)).reshape(h, w, c)
     gamma, beta = (m.vector(offset, padded(c))[:c] for offset in (op.weight, op.bias))
-    m.write(op.out, activate(x * gamma + beta, op.act))
+    m.write(op, activate(x * gamma + beta, op.act))
+
+
+def moments(m, op):
+    """Sums of differences from the first pixel of the image."""
+    x = m.read(op.a)
+    totals, shift = m.sums(op.out)
+    if not op.size:
+        totals[:], shift[:] = 0, x[0, 0]
+    totals += [(x - shift).sum((0, 1)), ((x - shift) ** 2).sum((0, 1))]
+
+
+def affine(m, op):
+    """A band of a group norm; `size` is the pixels of the image."""
+    c = op.a.c
+    totals, shift = (part[..., :c].astype(np.float64) for part in m.sums(op.b))
+    mean = shift + totals[0] / op.size
+    square = totals[1] / op.size - (mean - shift) ** 2 + mean**2
+    by_group = [v.reshape(op.groups, -1).mean(1).repeat(c // op.groups) for v in (mean, square)]
+    x = (m.read(op.a)[..., :c] - by_group[0]) / np.sqrt(by_group[1] - by_group[0] ** 2 + op.x)
+    gamma, beta = (m.vector(offset, padded(c))[:c] for offset in (op.weight, op.bias))
+    m.write(op, activate(x * gamma + beta, op.act))
 
 
 def layer_norm(m, op):
@@ -185,7 +241,7 @@ def layer_norm(m, op):
     x = m.read(op.a)[..., :c]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + op.x)
     gamma, beta = (m.vector(offset, padded(c))[:c] for offset in (op.weight, op.bias))
-    m.write(op.out, x * gamma + beta)
+    m.write(op, x * gamma + beta)
 
 
 def attention(m, op):
@@ -198,47 +254,47 @@ def attention(m, op):
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
     out = np.einsum("hqk,khs->qhs", scores, v)
-    m.write(op.out, out.reshape(op.out.h, op.out.w, -1))
+    m.write(op, out.reshape(op.out.h, op.out.w, -1))
 
 
 def embedding(m, op):
     c = padded(op.out.c)
     table = m.vector(op.weight, op.size * c).reshape(-1, c)
     positions = m.vector(op.bias, op.out.w * c).reshape(-1, c)
-    ids = m.dense(op.a, planar=False).reshape(-1)
-    m.write(op.out, (table[ids] + positions)[None])
+    ids = m.dense(op.a).reshape(-1)
+    m.write(op, (table[ids] + positions)[None])
 
 
 def sinusoid(m, op):
-    numbers = m.dense(op.a, planar=False).astype(np.float64).reshape(-1)
+    numbers = m.dense(op.a).astype(np.float64).reshape(-1)
     half = op.out.c // 2
     angles = numbers[:, None] * np.exp(-np.log(10000) * np.arange(half) / (half - op.x))
     waves = [np.sin(angles), np.cos(angles)] if op.flip else [np.cos(angles), np.sin(angles)]
-    m.write(op.out, np.concatenate(waves, axis=-1)[None])
+    m.write(op, np.concatenate(waves, axis=-1)[None])
 
 
 def unary(m, op):
-    m.write(op.out, activate(m.read(op.a), op.act))
+    m.write(op, activate(m.read(op.a), op.act))
 
 
 def add(m, op):
-    m.write(op.out, activate(m.read(op.a) + m.read(op.b), op.act))
+    m.write(op, activate(m.read(op.a) + m.read(op.b), op.act))
 
 
 def load(m, op):
-    planes = m.dense(op.a, planar=True).astype(np.float64)
-    m.write(op.out, activate(planes, op.act).transpose(1, 2, 0) * op.x)
+    planes = m.planes(op.a).astype(np.float64)
+    m.write(op, activate(planes, op.act).transpose(1, 2, 0) * op.x)
 
 
 def store(m, op):
     values = m.read(op.a)[..., : op.a.c] * op.x + op.y
-    m.dense(op.out, planar=True)[:] = values.transpose(2, 0, 1)
+    m.planes(op.out)[:] = values.transpose(2, 0, 1)
 
 
 def pick(m, op):
-    ids = m.dense(op.b, planar=False).reshape(-1)
+    ids = m.dense(op.b).reshape(-1)
     row = ids.argmax() if op.size < 0 else (ids == op.size).argmax()
-    m.write(op.out, m.read(op.a)[:, row : row + 1])
+    m.write(op, m.read(op.a)[:, row : row + 1])
 
 
 RUN = {
@@ -253,4 +309,6 @@ RUN = {
     Kind.LOAD: load,
     Kind.STORE: store,
     Kind.PICK: pick,
+    Kind.MOMENTS: moments,
+    Kind.AFFINE: affine,
 }

@@ -195,10 +195,18 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     told = []
     one = convert(checkpoint, tmp_path / "one.ferro", progress=told.append)
     two = convert(checkpoint, tmp_path / "two.ferro")
-    assert one.sha256 == two.sha256
-    assert one.manifest.files == two.manifest.files
+    assert without_memory(one.manifest) == without_memory(two.manifest)
+    assert one.manifest.components["unet"].memory.keys() == {
+        size + frugal for size in ("32x32", "64x64", "128x128") for frugal in ("", " frugal")
+    }
     assert len(told) == stages()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.ferro", "tiny", "two.ferro"]
+
+
+def without_memory(manifest):
+    """A manifest but for what was measured, which differs by a few pages each time."""
+    parts = {n: dataclasses.replace(c, memory={}) for n, c in manifest.components.items()}
+    return dataclasses.replace(manifest, components=parts)
 
 
 VARIANTS = {  # name -> configurations, changes to the U-Net, the scheduler, sampler and guidance

@@ -15,7 +15,7 @@ import pytest
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from ferrotype import kernels
-from ferrotype.kernels import NO_WEIGHT, Act, KernelError, Kind, Op, Program, Tensor, Type
+from ferrotype.kernels import LANES, NO_WEIGHT, Act, KernelError, Kind, Op, Program, Tensor, Type
 from ferrotype.tests import kernels_cases as table
 from ferrotype.tests.kernels_builds import BUILDS, DONE, KERNELS, REFUSED, Runner
 from ferrotype.tests.kernels_cases import Case, padded
@@ -126,7 +126,8 @@ def test_a_program_runs_again_to_the_same_bytes(kind):
         weights = in_memory(case.weights)
         program.run(arena, weights)
         first = arena[: case.arena.size].copy()
-        if case.op.out.offset in (case.op.a.offset, case.op.c.offset):  # in place
+        again = case.op.out.offset in (case.op.a.offset, case.op.c.offset)  # in place
+        if again or case.op.kind == Kind.MOMENTS:  # which adds to what is there
             arena[: case.arena.size] = case.arena
         program.run(arena, weights)
         assert np.array_equal(arena[: case.arena.size], first), case
@@ -136,14 +137,43 @@ def test_a_program_runs_again_to_the_same_bytes(kind):
 
 def test_winograd_is_what_runs_where_it_is_asked_for():
     """It takes more scratch; and a large image goes through it in bands."""
-    large = table.MatMul(64, 130, (64,), 64, side=3, border=(1, 1), winograd=True)
+    large = table.MatMul(64, 130, (64,), 64, side=3, border=(1, 1), winograd=1)
     case = large.case("bands", SEED, (Type.F32, Type.F32))
-    direct = kernels.scratch(changed(case.op, "winograd", 0), 2)
-    assert kernels.scratch(case.op, 2) > 8 * direct
+    direct = changed(case.op, "winograd", 0)
+    assert kernels.uses_winograd(case.op)
+    assert not kernels.uses_winograd(direct)
+    assert kernels.scratch(case.op, 2) > 8 * kernels.scratch(direct, 2)
     expected = run(case, kernels.isas()[0], 3)
     for isa in kernels.isas():
         case.check(run(case, isa))
     assert np.array_equal(run(case, kernels.isas()[0], 1), expected)
+
+
+@pytest.mark.parametrize(
+    "size, types, winograd",
+    [
+        ((2, 2), (Type.F32, Type.F32), (False, True)),
+        ((2, 2), (Type.F32, Type.F16), (False, True)),
+        ((2, 2), (Type.BF16, Type.BF16), (False, True)),
+        ((16, 16), (Type.F32, Type.F32), (True, True)),
+        ((16, 16), (Type.F32, Type.BF16), (False, False)),
+        ((16, 16), (Type.F16, Type.F16), (False, False)),
+        ((3, 16), (Type.F32, Type.F32), (False, False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("isa", HERE)
+def test_a_small_image_goes_through_winograd_only_where_that_is_insisted_on(
+    isa, size, types, winograd
+):
+    need(isa)
+    spec = table.MatMul(*size, (64,), 64, side=3, border=(1, 1))
+    op = spec.case("", 0, types).op
+    allowed = isa != "amx" or types[0] != Type.BF16  # whose matrix unit is faster
+    found = tuple(kernels.uses_winograd(changed(op, "winograd", n), isa) for n in (1, 2))
+    assert found == tuple(one and allowed for one in winograd)
+    assert not kernels.uses_winograd(changed(op, "side", 2), isa)
+    assert not kernels.uses_winograd(cases(Kind.ADD)[0].op, isa)
 
 
 def test_a_program_of_many_ops_runs_them_in_order_and_times_each():
@@ -204,6 +234,9 @@ def test_every_kind_and_option_of_an_op_is_in_the_table():
     ops = [case.op for kind in (Kind.MATMUL, Kind.ATTENTION) for case in cases(kind)]
     for flag in ("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "causal"):
         assert {int(getattr(op, flag)) for op in ops} >= {0, 1}, flag
+    assert {op.winograd for op in ops} == {0, 1, 2}
+    for kind in (Kind.MATMUL, Kind.AFFINE, Kind.UNARY, Kind.ADD, Kind.LOAD):
+        assert {case.op.band for case in cases(kind) if case.op.out.border} == {0, 1, 2, 3}, kind
     acts = {op.act for op in ops if op.kind == Kind.MATMUL}
     assert acts == {act.value for act in Act} - {Act.TANH3}
     assert {case.op.act for case in cases(Kind.UNARY)} == {act.value for act in Act}
@@ -320,9 +353,16 @@ def tensors(op: Op) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor.h}
 
 
-def end_of(t: Tensor) -> int:
+def is_planes(op: Op, name: str) -> bool:
+    return (op.kind, name) in ((Kind.LOAD, "a"), (Kind.STORE, "out"))
+
+
+def end_of(op: Op, name: str) -> int:
     """The byte after the last that a tensor may touch."""
+    t = getattr(op, name)
     size = Type(t.type).bytes
+    if is_planes(op, name):
+        return t.offset + ((t.c - 1) * t.pixel + t.h * t.w) * size
     if t.type in (Type.U8, Type.I32) or t.pixel == 1:
         return t.offset + t.h * t.w * t.c * size
     rows, columns = t.h - 1 + t.border, t.w - 1 + t.border
@@ -332,8 +372,9 @@ def end_of(t: Tensor) -> int:
 HUGE = (2**31 - 1, 2**31, U32, 2**20 + 1)
 
 
-def broken_tensor(name: str, t: Tensor, arena: int):
+def broken_tensor(op: Op, name: str, arena: int):
     """(field, value) of which each alone spoils a tensor."""
+    t = getattr(op, name)
     for offset in (arena, arena // 64 * 64 + 64, 2**32, 2**63, 2**64 - 64, U64 - 7):
         yield f"{name}.offset", offset
     if t.type != Type.U8:
@@ -343,10 +384,16 @@ def broken_tensor(name: str, t: Tensor, arena: int):
     for field in ("w", "c", "h"):
         for value in (0, *HUGE):
             yield f"{name}.{field}", value
-    for field in ("pixel", "row"):
-        smallest = padded(t.c) if t.type in table.FLOATS.values() and t.pixel > 1 else t.pixel
-        smallest *= 1 if field == "pixel" else t.w + 2 * t.border
-        for value in (0, smallest - 1):
+    if is_planes(op, name):
+        smallest = {"pixel": t.h * t.w, "row": t.w}
+        yield f"{name}.row", t.w + 1
+        if t.c > 1:
+            yield f"{name}.pixel", U32
+    else:
+        pixel = padded(t.c) if t.type in table.FLOATS.values() and t.pixel > 1 else t.pixel
+        smallest = {"pixel": pixel, "row": pixel * (t.w + 2 * t.border)}
+    for field, least in smallest.items():
+        for value in (0, least - 1):
             yield f"{name}.{field}", value
     for value in (2, U32):
         yield f"{name}.border", value
@@ -360,6 +407,8 @@ def broken_scalars(op: Op):
         yield "act", value
     for value in (3, 4, U32):
         yield "weight_type", value
+    for value in (-1, 4, 2**31 - 1, -(2**31)):
+        yield "band", value
     known = {
         Kind.MATMUL: {"side": (0, 2, 5, -1, 2**31 - 1), "stride": (0, 3, -1), "pad": (2, -1)},
         Kind.GROUP_NORM: {"groups": (0, -1, -(2**31), op.out.c + 1, 2**31 - 1)},
@@ -368,6 +417,21 @@ def broken_scalars(op: Op):
             "size": (0, -1, op.size + 1, 2**31 - 1, -(2**31)),
         },
         Kind.EMBEDDING: {"size": (0, -1, 2**20, 2**31 - 1, -(2**31))},
+        Kind.MOMENTS: {
+            "size": (-1, -(2**31)),
+            "out.offset": (op.out.offset + 4,),  # of numbers of 8 bytes
+            "out.c": (op.out.c - 1, op.out.c + 1, op.out.c - 5 * LANES),
+            "out.type": (Type.BF16, Type.I32),
+            "act": (Act.SILU,),
+        },
+        Kind.AFFINE: {
+            "size": (0, -1, -(2**31)),
+            "groups": (0, -1, -(2**31), op.out.c + 1, 2**31 - 1),
+            "b.offset": (op.b.offset + 4,),
+            "b.c": (op.b.c - 1, op.b.c + 1, op.b.c - 5 * LANES),
+            "b.type": (Type.BF16, Type.I32),
+            "act": (Act.TANH3,),
+        },
     }
     for field, values in known.get(op.kind, {}).items():
         yield from ((field, value) for value in values)
@@ -375,7 +439,7 @@ def broken_scalars(op: Op):
 
 def broken_weights(op: Op, size: int):
     """Weights out of their file, missing where they are needed, there where nobody reads them."""
-    never_without = (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.EMBEDDING)
+    never_without = (Kind.GROUP_NORM, Kind.AFFINE, Kind.LAYER_NORM, Kind.EMBEDDING)
     for name in ("weight", "bias"):
         for value in (size // 64 * 64 + 64, 2**32, 2**63, 2**64 - 64):
             yield name, value
@@ -391,6 +455,7 @@ def broken_weights(op: Op, size: int):
 SLOTS = {  # beyond out and a, the tensors that an op of a kind may have
     Kind.MATMUL: {"b", "c", "add"},
     Kind.GROUP_NORM: {"b"},
+    Kind.AFFINE: {"b"},
     Kind.ATTENTION: {"b", "c"},
     Kind.ADD: {"b"},
     Kind.PICK: {"b"},
@@ -415,8 +480,8 @@ def test_an_op_with_any_broken_field_is_refused(kind):
         op, arena, weights = case.moved(0, 0), case.arena.size, case.weights.size
         room = arena + kernels.scratch(op, 1, "scalar")
         broken = [*broken_scalars(op), *broken_weights(op, weights)]
-        for name, tensor in tensors(op).items():
-            broken += broken_tensor(name, tensor, room)
+        for name in tensors(op):
+            broken += broken_tensor(op, name, room)
         for path, value in broken:
             message = why_not(changed(op, path, value), room, weights)
             assert message, f"{case}: {path} of {value} was not refused"
@@ -429,7 +494,7 @@ def test_an_op_with_any_broken_field_is_refused(kind):
 @every_kind
 def test_an_arena_and_weights_of_one_byte_less_are_refused(kind):
     def verdict(case):
-        op, least = case.moved(0, 0), max(map(end_of, tensors(case.op).values()))
+        op, least = case.moved(0, 0), max(end_of(case.op, name) for name in tensors(case.op))
         scratch = kernels.scratch(op, 1, "scalar")
         if scratch < least:
             Program([op], least, case.weights.size, 1, "scalar")
@@ -473,6 +538,13 @@ TOGETHER = [
     ("group_norm-f32-5x4x24by24", {"out.c": 23}),
     ("group_norm-f32-5x4x24by24", {"out.type": Type.BF16}),
     ("group_norm-f32-3x4x32+33by5-border01", {"a.c": 31, "b.c": 34}),
+    ("moments-f32-5x6x24-border-wide", {"a.c": 33}),
+    ("moments-f32-5x6x24-border-wide", {"out.h": 2}),
+    ("moments-f32-5x6x24-border-wide", {"a.type": Type.I32}),
+    ("moments-f32-5x6x24-border-wide", {"weight": 0}),
+    ("affine-f32-1x3x1by1-rows0+1", {"a.c": 17, "out.c": 17}),
+    ("affine-f32-1x3x1by1-rows0+1", {"out.w": 2}),
+    ("affine-f32-1x3x1by1-rows0+1", {"out.type": Type.BF16}),
     ("layer_norm-f32-1x1x2", {"out.w": 2}),
     ("layer_norm-f32-1x1x2", {"act": Act.SILU}),
     ("attention-f32-100by77-8of40", {"causal": 1}),
@@ -486,6 +558,9 @@ TOGETHER = [
     ("add-f32-4x5x33-in-place", {"b.type": Type.F16}),
     ("unary-f32-4x5x24-silu-in-place", {"out.w": 4}),
     ("load-f32-5x7x4-x1-none-b0", {"a.type": Type.BF16}),
+    ("load-f32-5x7x4-x1-none-b0", {"a.pixel": 34}),
+    ("load-f32-5x7x4-x1-none-b0", {"a.border": 1}),
+    ("store-f32-5x7x4-x1-y0-b0", {"out.pixel": 34}),
     ("store-f32-5x7x4-x1-y0-b0", {"out.type": Type.F16}),
     ("bytes-f32-1x1-x0.5-y0.5-b0", {"out.type": Type.F32}),
     ("pick-f32-0of3x16-id7", {"b.w": 2}),

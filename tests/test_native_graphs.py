@@ -19,10 +19,11 @@ from ferrotype.benchmarks.checkpoints import SD15, SDXL, TINY, TINY_SD2, TINY_XL
 from ferrotype.bundle import Bundle, BundleError, Component, Precision
 from ferrotype.kernels import LANES, Kind, Type
 from ferrotype.runtime import models
+from ferrotype.runtime.bands import Bands, choices, in_bands
 from ferrotype.runtime.engines.native import NativeEngine, narrow, read_output, widen, write_input
+from ferrotype.runtime.layout import lay_out
 from ferrotype.runtime.models.taesd import LOG_VARIANCE
 from ferrotype.runtime.pipeline import EMBEDDED
-from ferrotype.runtime.plan import plan
 from ferrotype.runtime.program import TYPES, GraphError, Weight
 from ferrotype.tests import numpy_engine
 
@@ -252,7 +253,7 @@ def run_checked(graph, placed, machine, feed):
     Before it is written, all of a tensor's space becomes NaN: whatever lives there is lost.
     """
     for entry in graph.inputs:
-        write_input(machine.arena, placed, entry, feed[entry.name])
+        write_input(machine.arena, placed.offsets, entry, feed[entry.name])
     wrote = {e.value.storage: content(machine, placed, e.value.storage).copy()
              for e in graph.inputs}  # fmt: skip
     in_place = 0
@@ -280,16 +281,45 @@ def interpret(name, size, weights="fp32", activations="fp32"):
     shapes = {n: v.shape for n, v in feed.items()}
     graph = models.build(net.component, net.config, shapes, TYPES[activations], net.outputs)
     places, data = net.files(weights)
-    placed = plan(graph, places, lambda op: 100 + op.kind)
+    placed = lay_out(graph, places, lambda op: 100 + op.kind)
     machine = numpy_engine.Machine(placed.arena_bytes, data)
     run_checked(graph, placed, machine, feed)
-    return {o.name: read_output(machine.arena, placed, o) for o in graph.outputs}
+    return {o.name: read_output(machine.arena, placed.offsets, o) for o in graph.outputs}
 
 
 @pytest.mark.parametrize("name, size", RUNS, ids=str)
 def test_graph_is_torchs(name, size):
     expected = network(name).reference(network(name).feed(size))
     assert error(interpret(name, size), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("keep", [0, -1], ids=["forgotten", "kept"])
+@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize(
+    "name, size",
+    [("vae_decoder", (3, 5)), ("vae_decoder-odd", (5, 9)), ("vae_encoder", (40, 24)),
+     ("taesd_decoder", (3, 2)), ("taesd_encoder", (12, 20)), ("unet", (10, 16))],
+)  # fmt: skip
+def test_graph_in_bands_is_torchs(name, size, rows, keep):
+    """tests/test_banded_graphs.py compares the bytes of the engine; this one, what is computed."""
+    net = network(name)
+    feed = net.feed(size)
+    whole = models.build(net.component, net.config, {n: v.shape for n, v in feed.items()},
+                         Type.F32, net.outputs)  # fmt: skip
+    sizes = choices(whole)
+    if not sizes:
+        pytest.skip("nothing in it is large enough")
+    graph = in_bands(whole, Bands(rows, sizes[keep]), lambda node: True)
+    assert len(graph.nodes) > len(whole.nodes)
+    places, data = net.files("fp32")
+    placed = lay_out(graph, places, lambda op: 100 + op.kind)
+    machine = numpy_engine.Machine(placed.arena_bytes, data)
+    for entry in graph.inputs:
+        write_input(machine.arena, placed.offsets, entry, feed[entry.name])
+    for op, scratch in zip(placed.ops, placed.scratch, strict=True):
+        machine.run(op, scratch)
+    found = {o.name: read_output(machine.arena, placed.offsets, o) for o in graph.outputs}
+    assert error(found, net.reference(feed)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["clip-xl-2", "unet-xl", "unet-sliced", "vae_decoder"])
@@ -359,9 +389,10 @@ def test_engine_knows_its_plan_and_keeps_few_programs(tmp_path):
     peaks = []
     for side in range(2, 16, 2):
         shapes = models.sizes("unet", net.config, (side, 4), 7)
-        placed = engine.plan(shapes)
-        assert engine.plan(shapes) is placed
-        assert len(engine.program(shapes).ops) == len(placed.names)
+        placed, program = engine.layout(shapes), engine.program(shapes)
+        assert engine.program(shapes) is program
+        assert [bytes(op) for op in program.ops] == [bytes(op) for op in placed.ops]
+        assert program.arena_bytes == placed.arena_bytes
         peaks.append(placed.arena_bytes)
     assert peaks == sorted(peaks)
     assert len(engine._prepared) <= 4
@@ -489,7 +520,7 @@ def full_size(config, component, size, kind=Type.BF16):
     shapes = models.sizes(component, part, size)
     places = {p.name: Weight(p.type(kind), 0, 0) for p in models.weights(component, part)}
     graph = models.build(component, part, shapes, kind)
-    return graph, plan(graph, places, lambda op: 200_000 if op.kind == Kind.MATMUL else 5000)
+    return graph, lay_out(graph, places, lambda op: 200_000 if op.kind == Kind.MATMUL else 5000)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_a_run_loads_what_it_says_and_keeps_both_texts(made, monkeypatch):
     opened, loaded = made["zeros"][1], []
     run = Pipeline._run
     monkeypatch.setattr(
-        Pipeline, "_run", lambda self, n, inputs: loaded.append(n) or run(self, n, inputs)
+        Pipeline, "_run", lambda self, n, *rest: loaded.append(n) or run(self, n, *rest)
     )
     pipe = Pipeline(opened)
     list(pipe.steps(PROMPT, steps=2, guidance=5.0))

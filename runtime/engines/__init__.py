@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...bundle import Bundle, BundleError, Tensor
+
+if TYPE_CHECKING:
+    from ..plan import Stage
+    from .native import Arena
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Arrays], Arrays]
@@ -14,22 +19,30 @@ TARGETS = ("onnx", "native", "coreml", "tensorrt")
 
 
 def open_engine(
-    bundle: Bundle, component: str, threads: int | None = None, isa: str | None = None
+    bundle: Bundle,
+    component: str,
+    threads: int | None = None,
+    isa: str | None = None,
+    stage: Stage | None = None,
+    arena: Arena | None = None,
 ) -> Engine:
     """Load a component of the bundle on the engine of its target; dropping the result frees it.
 
-    `isa` is an instruction set by name, for the native engine alone.  Raises BundleError if the
-    component cannot be loaded.
+    `isa` is an instruction set by name, and `arena` memory that native components share: both are
+    for the native engine alone.  `stage` is how a plan fits the component in.  Raises BundleError
+    if the component cannot be loaded.
     """
     match bundle.manifest.target:
         case "onnx":
             from .onnx import OnnxEngine
 
-            return OnnxEngine(bundle, component, threads)
+            return OnnxEngine(bundle, component, threads, bool(stage and stage.frugal))
         case "native":
             from .native import NativeEngine
 
-            return NativeEngine(bundle, component, threads, isa)
+            return NativeEngine(
+                bundle, component, threads, isa, arena, stage.fit if stage else None
+            )
         case "coreml":
             from .coreml import CoremlEngine
 

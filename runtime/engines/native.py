@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,23 @@ import numpy as np
 
 from ... import kernels
 from ...bundle import Bundle, BundleError, strict_json
-from ...kernels import Program, Type
+from ...kernels import KernelError, Program, Type
 from .. import models
-from ..plan import Plan, plan
-from ..program import LINE, TYPES, Graph, GraphError, Input, Output, Packed, Weight
+from ..bands import Bands, in_bands
+from ..layout import Layout, lay_out
+from ..program import (
+    LINE,
+    TYPES,
+    Graph,
+    GraphError,
+    Input,
+    Node,
+    Output,
+    Packed,
+    Storage,
+    Weight,
+)
+from ..window import schedule
 from . import Arrays, check_shapes
 
 WEIGHTS, INDEX = "weights.bin", "weights.json"
@@ -28,11 +43,105 @@ DTYPES = {Type.F32: np.float32, Type.BF16: np.uint16, Type.F16: np.float16, Type
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A component for inputs of one size."""
+class Fit:
+    """How a component is made to fit: it changes memory and time, never a byte of what comes out.
 
-    graph: Graph
-    plan: Plan
+    `bands`: large images in bands of rows.  `window`: bytes of weights in memory at once.
+    """
+
+    bands: Bands | None = None
+    window: int | None = None
+
+    def fresh(self, component: str) -> bool:
+        """Whether the arena begins anew: it grows while what is left of the weights shrinks."""
+        return self.window is not None and component in ("vae_decoder", "vae_encoder")
+
+
+class Arena:
+    """Memory for activations, shared by components that run one after the other.
+
+    Nothing else that is large is allocated: its size is what the plan says.
+    """
+
+    def __init__(self) -> None:
+        self._room: mmap.mmap | None = None
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, size: int, fresh: bool = False) -> np.ndarray:
+        """That many bytes, from the start of a page; what was there is lost.
+
+        `fresh`: none of them is in memory before it is written.
+        """
+        if len(self._bytes) < size:
+            self.release()  # never two of them
+            self._room = mmap.mmap(-1, max(size, 1))
+            self._bytes = np.frombuffer(self._room, np.uint8)
+        elif self._room and hasattr(self._room, "madvise"):
+            start = 0 if fresh else -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+            if start < len(self._bytes):  # of a larger component before
+                self._room.madvise(mmap.MADV_DONTNEED, start)
+        return self._bytes[:size]
+
+    def release(self) -> None:
+        """Give it back, once nobody holds a view."""
+        self._room, self._bytes = None, np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A component's network and where its weights are; nothing of them is read."""
+
+    component: str
+    config: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    folder: Path
+    places: Mapping[str, Weight]
+    bytes: int  # of the weights
+    type: Type  # of activations
+
+    def graph(self, shapes: models.Shapes) -> Graph:
+        """The network for inputs of these shapes.  Raises BundleError."""
+        try:
+            return models.build(self.component, self.config, shapes, self.type, self.outputs)
+        except GraphError as error:
+            raise BundleError(f"{self.folder}: {error}") from None
+
+    def prepare(
+        self, shapes: models.Shapes, bands: Bands | None, threads: int, isa: str | None
+    ) -> tuple[Graph, Layout]:
+        """The network with everything in its place."""
+        graph = self.graph(shapes)
+        if bands:
+            graph = in_bands(graph, bands, partial(_uses_winograd, self.places, isa))
+        scratch = partial(kernels.scratch, threads=threads, isa=isa)
+        return graph, lay_out(graph, self.places, scratch)
+
+
+def open_files(bundle: Bundle, component: str) -> Files:
+    """Check what a component's folder says of its weights.  Raises BundleError."""
+    spec = bundle.component(component)
+    folder, kind = bundle.path(spec.path), _activations(bundle)
+    try:
+        packed = models.weights(component, spec.config, spec.outputs)
+    except GraphError as error:
+        raise BundleError(f"{folder}: {error}") from None
+    places = read_index(folder, packed)
+    _check_types(folder, packed, places, kind)
+    size = (folder / WEIGHTS).stat().st_size
+    return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind)
+
+
+def _uses_winograd(places: Mapping[str, Weight], isa: str | None, node: Node) -> bool:
+    return kernels.uses_winograd(node.lower(places), isa)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A component for inputs of one size; a layout's many ops are the program's by now."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    offsets: Mapping[Storage, int]
     program: Program
 
 
@@ -49,22 +158,19 @@ class NativeEngine:
         component: str,
         threads: int | None = None,
         isa: str | None = None,
+        arena: Arena | None = None,
+        fit: Fit | None = None,
     ) -> None:
         kernels.library()
-        self._spec, self._component = bundle.component(component), component
-        folder = self._folder = bundle.path(self._spec.path)
-        self._threads = threads or min(_cores(), MAX_THREADS)
-        self._isa = isa
-        self._type = _activations(bundle)
-        try:
-            packed = models.weights(component, self._spec.config, self._spec.outputs)
-        except GraphError as error:
-            raise BundleError(f"{folder}: {error}") from None
-        self._places = read_index(folder, packed)
-        _check_types(folder, packed, self._places, self._type)
-        self._weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
+        self._spec = bundle.component(component)
+        self._files = open_files(bundle, component)
+        self._threads, self._isa = threads or usable_threads(), isa
+        self._map = _map(self._files.folder / WEIGHTS)
+        self._weights = np.frombuffer(self._map, np.uint8)
+        self._spoilt = ""  # what has become of the file since
         self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
-        self._arena = np.empty(0, np.uint8)
+        self._arena = arena or Arena()
+        self.fit = fit or Fit()
 
     def __call__(self, inputs: Arrays, times: np.ndarray | None = None) -> Arrays:
         """Run the network; inputs are cast to what it reads, outputs come as float32.
@@ -72,37 +178,61 @@ class NativeEngine:
         `times`, uint64 by op of `program`, receives nanoseconds.
         """
         sizes: dict[str, int] = {}
-        where = str(self._folder)
+        where = str(self._files.folder)
         if inputs.keys() != self._spec.inputs.keys():
             names = ", ".join(self._spec.inputs)
             raise BundleError(f"{where} takes {names}; given were {', '.join(inputs) or 'none'}")
         check_shapes(where, self._spec.inputs, inputs, sizes)
         ready = self._prepare({name: np.shape(value) for name, value in inputs.items()})
-        if len(self._arena) < ready.plan.arena_bytes:
-            self._arena = np.empty(0, np.uint8)  # never two of them
-            self._arena = kernels.aligned(ready.plan.arena_bytes)
-        for entry in ready.graph.inputs:
-            write_input(self._arena, ready.plan, entry, inputs[entry.name])
-        ready.program.run(self._arena, self._weights, times)
-        found = {o.name: read_output(self._arena, ready.plan, o) for o in ready.graph.outputs}
+        fresh = self.fit.fresh(self._files.component)
+        arena = self._arena.take(ready.program.arena_bytes, fresh)
+        for entry in ready.inputs:
+            write_input(arena, ready.offsets, entry, inputs[entry.name])
+        try:
+            self._run(ready.program, arena, times)
+        except KernelError as error:
+            raise BundleError(f"{where}/{WEIGHTS} changed while it was read: {error}; copy or "
+                              "convert the bundle again") from None  # fmt: skip
+        found = {o.name: read_output(arena, ready.offsets, o) for o in ready.outputs}
         check_shapes(where, self._spec.outputs, found, sizes)
         return found
 
-    def plan(self, shapes: models.Shapes) -> Plan:
+    def layout(self, shapes: models.Shapes) -> Layout:
         """Where everything would lie for inputs of these shapes; `models.sizes` tells them."""
-        return self._prepare(shapes).plan
+        return self._files.prepare(shapes, self.fit.bands, self._threads, self._isa)[1]
 
     def program(self, shapes: models.Shapes) -> Program:
         """The ops that run for inputs of these shapes."""
         return self._prepare(shapes).program
+
+    def release(self) -> None:
+        """Let go of the weights' pages; the next run maps them again."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the mapped file."""
         return self._weights.nbytes
 
+    def _run(self, program: Program, arena: np.ndarray, times: np.ndarray | None) -> None:
+        """Raises KernelError if the weights' file was cut short, and at every run after that.
+
+        What was missing may be zeros in the mapping, even once the file is whole again.
+        """
+        if self._spoilt:
+            raise KernelError(self._spoilt)
+        try:
+            program.run(arena, self._weights, times)
+            if (size := self._map.size()) != self.weight_bytes:  # in the last page nothing faults
+                raise KernelError(f"it had {self.weight_bytes:,} bytes and has {size:,}")
+        except KernelError as error:
+            self._spoilt = str(error)
+            raise
+
     def _prepare(self, shapes: models.Shapes) -> _Prepared:
-        key = tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
+        inputs = sorted((name, tuple(shape)) for name, shape in shapes.items())
+        key = (*inputs, self.fit)
         if key not in self._prepared:
             made = self._make(shapes)
             while len(self._prepared) >= CACHED_SIZES:
@@ -112,11 +242,8 @@ class NativeEngine:
         return self._prepared[key]
 
     def _make(self, shapes: models.Shapes) -> _Prepared:
-        config, outputs = self._spec.config, self._spec.outputs
-        try:
-            graph = models.build(self._component, config, shapes, self._type, outputs)
-        except GraphError as error:
-            raise BundleError(f"{self._folder}: {error}") from None
+        files, bands = self._files, self.fit.bands
+        graph, placed = files.prepare(shapes, bands, self._threads, self._isa)
         for verb, found, manifest in (
             ("reads", graph.inputs, self._spec.inputs),
             ("returns", graph.outputs, self._spec.outputs),
@@ -124,16 +251,32 @@ class NativeEngine:
             if {entry.name for entry in found} != manifest.keys():
                 names = ", ".join(entry.name for entry in found)
                 raise BundleError(
-                    f"{self._folder} {verb} {names}; the manifest says {', '.join(manifest)}"
+                    f"{files.folder} {verb} {names}; the manifest says {', '.join(manifest)}"
                 )
-        placed = plan(graph, self._places, self._scratch)
         program = Program(
             placed.ops, placed.arena_bytes, self._weights.nbytes, self._threads, self._isa
         )
-        return _Prepared(graph, placed, program)
+        if self.fit.window is not None:
+            program.stream(schedule(graph, files.places, files.bytes).ranges, self.fit.window)
+        named = {i.value.storage for i in graph.inputs} | {o.value.storage for o in graph.outputs}
+        offsets = {storage: placed.offsets[storage] for storage in named}
+        return _Prepared(graph.inputs, graph.outputs, offsets, program)
 
-    def _scratch(self, op: kernels.Op) -> int:
-        return kernels.scratch(op, self._threads, self._isa)
+
+def usable_threads() -> int:
+    """One for every core that this process may run on, up to what the engine takes."""
+    return min(_cores(), MAX_THREADS)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(
+            f"{path} cannot be mapped into memory ({reason}): copy the bundle to a local disk"
+        ) from None
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -227,9 +370,11 @@ def _cores() -> int:
 # --- arrays -------------------------------------------------------------------------------------
 
 
-def write_input(arena: np.ndarray, placed: Plan, entry: Input, array: np.ndarray) -> None:
+def write_input(
+    arena: np.ndarray, offsets: Mapping[Storage, int], entry: Input, array: np.ndarray
+) -> None:
     """Put an array where the graph reads it."""
-    slot = _slot(arena, placed.offsets, entry)
+    slot = _slot(arena, offsets, entry)
     kind = entry.value.storage.type
     if kind == Type.I32:
         slot[:] = np.asarray(array).reshape(slot.shape)
@@ -245,10 +390,10 @@ def write_input(arena: np.ndarray, placed: Plan, entry: Input, array: np.ndarray
     slot[:, c:] = 0
 
 
-def read_output(arena: np.ndarray, placed: Plan, entry: Output) -> np.ndarray:
+def read_output(arena: np.ndarray, offsets: Mapping[Storage, int], entry: Output) -> np.ndarray:
     """An array of the graph as float32, in memory of its own."""
     storage = entry.value.storage
-    slot = _slot(arena, placed.offsets, entry)
+    slot = _slot(arena, offsets, entry)
     if not storage.planar:
         return widen(slot[:, : entry.value.c], storage.type).reshape(entry.shape)
     found = np.full(entry.shape, entry.fill, np.float32)
@@ -256,7 +401,7 @@ def read_output(arena: np.ndarray, placed: Plan, entry: Output) -> np.ndarray:
     return found
 
 
-def _slot(arena: np.ndarray, offsets: Mapping[Any, int], entry: Input | Output) -> np.ndarray:
+def _slot(arena: np.ndarray, offsets: Mapping[Storage, int], entry: Input | Output) -> np.ndarray:
     """The elements of an array in the arena: in a row if planar, else (pixels, padded channels)."""
     storage = entry.value.storage
     count = storage.c * storage.h * storage.w if storage.planar else storage.h * storage.row
