@@ -25,9 +25,18 @@ namespace {
 constexpr int POPULATE_READ = 22; // MADV_POPULATE_READ, which older headers lack
 #endif
 
-// Where a page is touched, the system maps its neighbours as well, as far as they are in its cache:
-// 64 KiB on Linux if nobody has changed that, and never more than a table of pages covers.
+// Where a page is touched, Linux maps those around it as well, as far as they are in its cache: 64
+// KiB, or up to 2 MiB of a file that was just written.  But never what is advised otherwise: so
+// ranges in use are told apart from the rest, by an advice that changes nothing else.
 constexpr uintptr_t NEIGHBOURS = 2 << 20;
+
+void tell_apart(char *start, char *end, bool used) {
+#ifdef MADV_DONTDUMP
+    madvise(start, size_t(end - start), used ? MADV_DONTDUMP : MADV_DODUMP);
+#else
+    (void)start, (void)end, (void)used;
+#endif
+}
 
 char *floor_to(char *p, uintptr_t unit) { return p - reinterpret_cast<uintptr_t>(p) % unit; }
 char *ceil_to(char *p, uintptr_t unit) { return floor_to(p + unit - 1, unit); }
@@ -70,9 +79,6 @@ void Streamer::begin(const void *weights, uint64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
     base = static_cast<char *>(const_cast<void *>(weights));
     limit = bytes;
-#ifdef MADV_NOHUGEPAGE
-    madvise(base, limit, MADV_NOHUGEPAGE); // else 2 MiB come with any page of them
-#endif
     next = done = 0;
     ready = 0;
     failed = false;
@@ -105,7 +111,7 @@ Streamer::Span Streamer::pages(size_t index) const {
     return {floor_to(start, page_bytes()), ceil_to(start + ranges[index].bytes, page_bytes())};
 }
 
-// Drop the pages of a range, and those that came with them, but for what ranges in use cover.
+// Drop the pages of a range and what was touched near them, but for what ranges in use cover.
 void Streamer::drop_around(size_t index) {
     char *const last = ceil_to(base + limit, page_bytes());
     const Span own = pages(index);
@@ -122,6 +128,7 @@ void Streamer::drop_around(size_t index) {
         }
         if (used) continue;
         madvise(from, size_t(end - from), MADV_DONTNEED);
+        tell_apart(from, end, false);
         from = end;
     }
 }
@@ -149,9 +156,8 @@ bool Streamer::bring_in(size_t index) {
         madvise(next_one.start, size_t(next_one.end - next_one.start), MADV_WILLNEED);
     }
     const Span own = pages(index);
-    const bool found = bring(own.start, own.end);
-    drop_around(index); // but for itself
-    return found;
+    tell_apart(own.start, own.end, true);
+    return bring(own.start, own.end);
 }
 
 void Streamer::serve() {

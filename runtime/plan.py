@@ -31,7 +31,7 @@ FORMAT = 1
 ROWS = (32, 16)  # of an image in bands: no slower than whole, and nearly the least
 # Beside weights and activations, each measured (docs/memory.md): the engine's threads and the
 # objects of a run; what a tokenizer's tables take per byte of its file, while they are built.
-HOST = 13 * MIB + (1 << 19)
+HOST = 12 * MIB + (1 << 19)
 PER_OP = 800  # bytes of what describes an op
 # What Python keeps of the memory in which plans were made: bytes per op of the longest program that
 # was tried, and per tensor of the largest index.
