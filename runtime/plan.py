@@ -44,7 +44,7 @@ LATENT = 12  # arrays of latents that a sampler holds
 # Rough speeds, as parts of what the multiply-accumulate loop reaches (results/native_ops.md).
 LINEAR, WINOGRAD, DOUBLED, ATTENTION = 0.85, 1.7, 2.05, 0.6
 FLOPS = 4e11  # where nobody measured
-ONNX, FRUGAL = 2e11, 1.7  # FLOP/s of onnxruntime in fp32 (results/native.md); slower, unfolded
+ONNX = 2e11  # FLOP/s of onnxruntime in fp32 (results/native.md)
 BYTES = 8e9  # per second, of ops that only move data
 FAULTS = 1.6e10  # per second, of weights whose pages are mapped again
 
@@ -83,7 +83,7 @@ class Stage:
     ops: int = 0  # of the native engine's program
     apart: int = 0  # bytes of these that are never in memory together
     left: int = 0  # of host: what the making of the plan leaves
-    frugal: bool = False  # the onnx target: the graph is kept as it is, slower
+    frugal: bool = False  # the onnx target: weights are not expanded when it loads
 
     @property
     def peak(self) -> int:
@@ -101,7 +101,7 @@ class Stage:
         """How it is made to fit, in words."""
         parts = [f"bands of {self.rows} rows"] if self.rows else []
         parts += [f"tiles of {self.tile} pixels: the picture changes"] if self.tile else []
-        parts += ["graph not folded"] if self.frugal else []
+        parts += ["weights expanded as they are used"] if self.frugal else []
         return ", ".join(parts)
 
 
@@ -325,6 +325,7 @@ class _Case:
                 left=left,
             )  # fmt: skip
             yield stage
+            pixels = PIXEL.get(component, 0) * size[0] * size[1]  # there when weights are gone
             streams = kernels.can_stream() if self.run.streams is None else self.run.streams
             for window, apart in cost.windows if streams else ():
                 yield dataclasses.replace(
@@ -332,7 +333,9 @@ class _Case:
                     mode="streamed",
                     weights=window + cost.rows,
                     window=window,
-                    apart=apart if Fit(window=window).fresh(component) else 0,
+                    apart=apart + min(window - apart, pixels)
+                    if Fit(window=window).fresh(component)
+                    else 0,
                     seconds=seconds + runs * again,
                 )
 
@@ -342,7 +345,7 @@ class _Case:
             taken = onnx_memory(self.bundle, component, size, frugal)
             yield Stage(
                 component, "staged", runs, taken.weights, taken.activations + taken.scratch,
-                self.host(component, size), seconds * (FRUGAL if frugal else 1), frugal=frugal,
+                self.host(component, size), seconds, frugal=frugal,
             )  # fmt: skip
 
     def _device(self, component: str, runs: int) -> Stage:

@@ -1,4 +1,4 @@
-"""Random autoencoders and U-Nets that hypothesis draws, and how many.  More: FERROTYPE_EXAMPLES=20."""
+"""Random models that hypothesis draws, and how many of them: FERROTYPE_EXAMPLES=20 for more."""
 
 import os
 from functools import partial

@@ -190,10 +190,10 @@ def test_a_run_loads_what_it_says_and_keeps_both_texts(made, monkeypatch):
     from ferrotype.runtime import samplers
 
     table = samplers.table(pipe.recipe(steps=2), None)
-    runs = [(name, count) for name, _, count in pipe.stages(table, 5.0)]
+    runs = [(stage.component, stage.runs) for stage in pipe.plan(table, 5.0).stages]
     assert runs == [("text_encoder", 1), ("text_encoder_2", 1), ("unet", 4), ("vae_decoder", 1)]
-    runs = Pipeline(made["encoded"][1]).stages(table, 5.0)
-    assert [count for _, _, count in runs] == [2, 2, 4, 1]
+    runs = Pipeline(made["encoded"][1]).plan(table, 5.0).stages
+    assert [stage.runs for stage in runs] == [2, 2, 4, 1]
 
 
 def test_a_long_prompt_is_told_once(made):
