@@ -80,18 +80,18 @@ def main() -> None:
     if chosen.worker:
         print(json.dumps(work(chosen)))
         return
-    lines, missed = head(chosen), []
+    target = measure.RESULTS / "memory.md"
+    sections, missed = read_sections(target) if chosen.only else {}, []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (chosen.folder or Path(temporary)).absolute()
         for case in CASES:
             if not chosen.only or case.bundle in chosen.only:
                 rows, wrong = measure_case(case, prepare(folder, case), chosen)
-                lines += rows
+                sections[case.title] = "\n".join(rows)
                 missed += wrong
-    report = "\n".join([*lines, PUBLISHED])
-    print(report)
-    if not chosen.only:
-        (measure.RESULTS / "memory.md").write_text(report)
+                kept = [sections[c.title] for c in CASES if c.title in sections]
+                target.write_text("\n".join([*head(chosen), *kept, PUBLISHED]))
+    print(target.read_text())
     if chosen.check and missed:
         sys.exit("\n".join(["missed:", *missed]))
 
@@ -111,12 +111,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_sections(path: Path) -> dict[str, str]:
+    """The tables of an earlier run by title: those that are not measured anew stay."""
+    text = path.read_text() if path.exists() else ""
+    parts = text.split("\n## ")[1:-1]  # behind them is what others publish
+    return {part.split("\n", 1)[0]: f"## {part}" for part in parts}
+
+
 def head(chosen: argparse.Namespace) -> list[str]:
     return [
         "# Memory: promised and measured",
         "",
-        f"`python benchmarks/memory.py --rounds {chosen.rounds} --check` on {measure.describe()};",
-        f"{chosen.threads} threads, {STEPS} steps, random weights, files in the page cache.",
+        f"`python benchmarks/memory.py --check`, {chosen.threads} threads, {STEPS} steps, random",
+        "weights, files in the page cache; above each table where and when.",
         "",
         "MiB above the process as it was before the bundle was opened; that alone is in the last",
         "column.  Predicted is the plan's peak, measured the kernel's high-water mark, of the",
@@ -147,7 +154,7 @@ def measure_case(
     case: Case, bundle: Path | None, chosen: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
     """The rows of a case, and the bars that it missed."""
-    title = [f"## {case.title}", ""]
+    title = [f"## {case.title}", "", f"{chosen.rounds} rounds on {measure.describe()}.", ""]
     if bundle is None:
         return [*title, f"Not measured: {case.bundle}.ferro is not in the folder.", ""], []
     smallest = ask(case, bundle, 1, chosen)["smallest"]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels import Kind, Type
+from .layout import IN_PLACE
 from .program import LINE, Graph, Node, Storage, Value, padded, round_up
 
 POINTWISE = (Kind.UNARY, Kind.ADD, Kind.LOAD, Kind.STORE, Kind.AFFINE, Kind.MOMENTS)
@@ -239,13 +240,33 @@ def _overlay(one: _Pass, later: Sequence[_Pass], wanted: set[Storage]) -> None:
     for step in one.steps:
         if step.out not in one.kept:
             continue
-        free = (s for s in one.read if s not in needed and _alike(step.out, s))
+        free = (
+            s
+            for s in one.read
+            if s not in needed and _alike(step.out, s) and _in_time(one, step, s)
+        )
         if under := next(free, None):
             step.out.upon = under
             needed.add(under)
             border, place = under.border or step.out.border, step.out
             while place is not None:  # all that lie in one place lie alike
                 place.border, place = border, place.upon
+
+
+def _in_time(one: _Pass, writer: _Step, under: Storage) -> bool:
+    """Whether every row is read for the last time before the writer's is written upon it."""
+    order = {id(step): i for i, step in enumerate(one.steps)}
+    for step in one.steps:
+        for role in (role for role, read in step.images if read is under):
+            if step is writer:
+                if role not in IN_PLACE.get(step.node.kind, ()):
+                    return False
+                continue
+            before = step.ends if order[id(step)] < order[id(writer)] else [0, *step.ends]
+            for done, written in zip(before, writer.ends, strict=False):
+                if done < step.height and step.starts(role, done) < written:
+                    return False
+    return True
 
 
 def _slide(passes: Sequence[_Pass], wanted: set[Storage]) -> None:

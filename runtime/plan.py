@@ -361,7 +361,7 @@ class _Case:
     def _tiled(self, component: str, runs: int) -> Iterator[Stage]:
         """The autoencoder in overlapping tiles, largest first."""
         for side in tiles.SIDES:
-            if self.run.size <= (side, side):
+            if max(self.run.size) <= side:
                 continue
             size = min(side, self.run.size[0]), min(side, self.run.size[1])
             count = tiles.count(self.run.size, side)

@@ -158,6 +158,24 @@ def test_the_border_below_comes_along_with_the_last_rows():
         assert all(network.run(Bands(rows, keep)) == whole for keep in network.keeps()[::2])
 
 
+def test_a_product_does_not_lie_upon_what_it_multiplies():
+    """Attention's last layer reads all channels of a pixel for every panel of its own."""
+    network = Network("vae_decoder", vae([96, 96]), (6, 10), "fp32", "fp32")
+    whole = network.run()
+    for keep in network.keeps():
+        prepared = network.prepare(Bands(4, keep))
+        check_owners(*prepared)
+        assert network.run(prepared=prepared) == whole
+
+
+def test_two_layouts_are_alike():
+    """A plan's and the run's: the order of a set hangs on the addresses of objects."""
+    network = Network("vae_encoder", vae([32, 16, 24, 24], 8, layers_per_block=2), (40, 64))
+    for keep in network.keeps():
+        arenas = {network.prepare(Bands(32, keep))[1].arena_bytes for _ in range(8)}
+        assert len(arenas) == 1
+
+
 def test_a_small_picture_is_left_alone():
     network = Network("vae_decoder", vae([16, 16]), (3, 3))
     assert network.keeps() == []
