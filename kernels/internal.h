@@ -187,11 +187,14 @@ class Pool {
 
 // --- ops: one file each -------------------------------------------------------------------------
 
+class Streamer; // stream.h
+
 struct Context { // of a run
     char *arena;
     const char *weights;
     const Kernels *kernels;
     Pool *pool;
+    Streamer *streamer; // null: the weights stay
 
     char *at(const ft_tensor &t) const { return arena + t.offset; }
     char *at(const ft_tensor &t, int64_t y, int64_t x) const {

@@ -224,9 +224,9 @@ const char *ft_program_isa(const ft_program *program) { return program->isa->nam
 
 size_t ft_program_run(ft_program *program, void *arena, const void *weights, uint64_t *nanoseconds,
                       const volatile int *cancel) {
-    const Context context{static_cast<char *>(arena), static_cast<const char *>(weights),
-                          program->isa->kernels, program->pool.get()};
     Streamer *const streamer = program->streamer.get();
+    const Context context{static_cast<char *>(arena), static_cast<const char *>(weights),
+                          program->isa->kernels, program->pool.get(), streamer};
     const Guard guard(weights, program->weight_bytes);
     if (program->isa->enter) program->isa->enter(); // the caller's thread works as well
     const size_t count = program->ops.size();

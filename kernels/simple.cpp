@@ -3,6 +3,7 @@
 
 #include "internal.h"
 #include "simd_scalar.h"
+#include "stream.h"
 
 namespace ft {
 namespace {
@@ -56,10 +57,14 @@ void run_embedding(const ft_op &op, const Context &context) {
         memcpy(&id, context.at(op.a) + 4 * i, 4);
         // The ids are data, not program: one outside of the table reads its nearest row.
         id = id < 0 ? 0 : id >= op.size ? op.size - 1 : id;
-        const float *row =
-            reinterpret_cast<const float *>(context.weights + op.weight) + id * channels;
-        const float *position =
-            reinterpret_cast<const float *>(context.weights + op.bias) + i * channels;
+        const uint64_t bytes = channels * sizeof(float);
+        const uint64_t row_at = op.weight + id * bytes, position_at = op.bias + i * bytes;
+        if (context.streamer) {
+            context.streamer->touch_alone(row_at, bytes);
+            context.streamer->touch_alone(position_at, bytes);
+        }
+        const float *row = reinterpret_cast<const float *>(context.weights + row_at);
+        const float *position = reinterpret_cast<const float *>(context.weights + position_at);
         char *out = context.at(op.out, 0, i);
         for (int64_t c = 0; c < channels; c++)
             put(out, op.out.type, c, c < op.out.c ? row[c] + position[c] : 0);

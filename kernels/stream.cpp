@@ -27,9 +27,7 @@ constexpr int POPULATE_READ = 22; // MADV_POPULATE_READ, which older headers lac
 
 // Where a page is touched, Linux maps those around it as well, as far as they are in its cache: 64
 // KiB, or up to 2 MiB of a file that was just written.  But never what is advised otherwise: so
-// ranges in use are told apart from the rest, by an advice that changes nothing else.
-constexpr uintptr_t NEIGHBOURS = 2 << 20;
-
+// what is in use is told apart from the rest, by an advice that only matters if a core is dumped.
 void tell_apart(char *start, char *end, bool used) {
 #ifdef MADV_DONTDUMP
     madvise(start, size_t(end - start), used ? MADV_DONTDUMP : MADV_DODUMP);
@@ -104,6 +102,14 @@ void Streamer::end() {
     running = false;
     wake.notify_all();
     arrived.wait(lock, [&] { return idle; }); // whatever it held is dropped
+    madvise(base, limit, MADV_DONTNEED);      // and what was touched beside that
+    tell_apart(base, base + limit, false);
+}
+
+// What an op is about to read that is in no range comes without the pages around it.
+void Streamer::touch_alone(uint64_t offset, uint64_t bytes) {
+    char *const start = base + offset;
+    tell_apart(floor_to(start, page_bytes()), ceil_to(start + bytes, page_bytes()), true);
 }
 
 Streamer::Span Streamer::pages(size_t index) const {
@@ -111,15 +117,11 @@ Streamer::Span Streamer::pages(size_t index) const {
     return {floor_to(start, page_bytes()), ceil_to(start + ranges[index].bytes, page_bytes())};
 }
 
-// Drop the pages of a range and what was touched near them, but for what ranges in use cover.
-void Streamer::drop_around(size_t index) {
-    char *const last = ceil_to(base + limit, page_bytes());
+// Drop the pages of a range, but for what ranges in use cover.
+void Streamer::drop(size_t index) {
     const Span own = pages(index);
-    char *from = floor_to(own.start, NEIGHBOURS), *to = ceil_to(own.end, NEIGHBOURS);
-    if (from < base) from = base;
-    if (to > last) to = last;
-    while (from < to) {
-        char *end = to; // of pages that nobody uses
+    for (char *from = own.start; from < own.end;) {
+        char *end = own.end; // of pages that nobody uses
         bool used = false;
         for (const size_t other : held) {
             const Span span = pages(other);
@@ -143,7 +145,7 @@ void Streamer::drop_done(std::unique_lock<std::mutex> &lock, bool all) {
         }
         held.erase(held.begin() + long(i));
         lock.unlock();
-        drop_around(index);
+        drop(index);
         lock.lock();
         in_use -= ranges[index].bytes;
     }
@@ -270,6 +272,7 @@ Streamer::Streamer(const ft_range *, size_t, uint64_t) {}
 Streamer::~Streamer() {}
 void Streamer::begin(const void *, uint64_t) {}
 bool Streamer::wait_for(size_t) { return true; }
+void Streamer::touch_alone(uint64_t, uint64_t) {}
 void Streamer::finished(size_t) {}
 void Streamer::end() {}
 bool guard_install() { return false; }

@@ -18,6 +18,7 @@ class Streamer {
     ~Streamer();
     void begin(const void *weights, uint64_t bytes); // of a run
     bool wait_for(size_t op); // until all that the op reads is there; false: it cannot be read
+    void touch_alone(uint64_t offset, uint64_t bytes);
     void finished(size_t op);
     void end();
 
@@ -28,7 +29,7 @@ class Streamer {
     Span pages(size_t index) const; // of a range
     void serve();
     bool bring_in(size_t index);
-    void drop_around(size_t index);
+    void drop(size_t index);
     void drop_done(std::unique_lock<std::mutex> &lock, bool all);
 
     std::vector<ft_range> ranges;

@@ -248,7 +248,8 @@ def _overlay(one: _Pass, later: Sequence[_Pass], wanted: set[Storage]) -> None:
         if under := next(free, None):
             step.out.upon = under
             needed.add(under)
-            border, place = under.border or step.out.border, step.out
+            border = under.border or step.out.border
+            place: Storage | None = step.out
             while place is not None:  # all that lie in one place lie alike
                 place.border, place = border, place.upon
 

@@ -279,8 +279,38 @@ def test_resident_weights_stay_within_the_window(window, gap, tmp_path):
 
 
 @linux
+def test_rows_of_a_table_come_without_their_neighbours(tmp_path):
+    """Linux maps 64 KiB around a page, and 2 MiB around one of a file that was just written."""
+    rows, channels, tokens, layers = 8192, 1024, 77, 12
+    positions = 4 * rows * channels
+    first = positions + 4 * tokens * channels
+    path = random_file(tmp_path / "weights.bin", first + layers * MIB)
+    made = linears(path, [(512, 512, first + i * MIB) for i in range(layers)], rows=128)
+    place = made.program.arena_bytes
+    ids = Tensor(place, Type.I32, 1, tokens, 1, 1, tokens, 0)
+    out = Tensor(place + 64 * tokens, Type.F32, 1, tokens, channels, channels, channels * tokens, 0)
+    embedding = Op(
+        kind=Kind.EMBEDDING, out=out, a=ids, weight=0, bias=positions, size=rows, scratch=place
+    )
+    arena = kernels.aligned(out.offset + 4 * out.row)
+    arena[ids.offset :].view(np.int32)[:tokens] = np.linspace(0, rows - 1, tokens)
+    program = Program([embedding, *made.program.ops], arena.size, made.weights.size, 2)
+    program.stream([Range(first + i * MIB, MIB, 1 + i, 1 + i) for i in range(layers)], MIB)
+    made.forget()
+    with watched() as samples:
+        for _ in range(20):
+            program.run(arena, made.weights)
+            assert resident(path) == 0
+    table, place = made.weights[:first].view(np.float32).reshape(-1, channels), arena[out.offset :]
+    expected = table[np.linspace(0, rows - 1, tokens).astype(int)] + table[rows:]
+    np.testing.assert_array_equal(place.view(np.float32).reshape(tokens, channels), expected)
+    assert len(samples) >= 20
+    assert MIB <= max(samples) <= MIB + 3 * tokens * PAGE + AROUND
+
+
+@linux
 def test_pages_between_ranges_are_dropped_with_them(tmp_path):
-    """What the system maps beside a range, and a range inside of another that is still used."""
+    """A range inside of another that is still used, and what lies in no range."""
     path = random_file(tmp_path / "weights.bin", 16 * MIB)
     made = linears(path, [(128, 128, 100 * PAGE + (i << 16)) for i in range(9)])
     expected = made.run()
