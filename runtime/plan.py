@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import kernels
-from ..bundle import TEXT_ENCODERS, Bundle
+from ..bundle import TEXT_ENCODERS, Bundle, BundleError, Tokenizer
 from ..errors import FerrotypeError
 from ..kernels import Kind, Type
 from . import models, tiles
@@ -305,7 +305,7 @@ class _Case:
         """Bytes of arrays, and of what drives the engine."""
         if component in TEXT_ENCODERS:
             files = self.bundle.manifest.files
-            path = self.bundle.manifest.tokenizers[TEXT_ENCODERS[component]].path
+            path = _tokenizer(self.bundle, component).path
             file = files.get(f"{path}/tokenizer.json")
             return self.held + int(TOKENIZER * (file.bytes if file else 0))
         return self.held + PIXEL.get(component, 0) * size[0] * size[1]
@@ -373,12 +373,19 @@ class _Case:
                 )
 
 
+def _tokenizer(bundle: Bundle, encoder: str) -> Tokenizer:
+    name = TEXT_ENCODERS[encoder]
+    if name not in bundle.manifest.tokenizers:
+        raise BundleError(f"{bundle.folder} has no {name}")
+    return bundle.manifest.tokenizers[name]
+
+
 def _shapes(bundle: Bundle, component: str, size: tuple[int, int]) -> models.Shapes:
     """Of a component's inputs, for a picture of this size."""
     config = bundle.component(component).config
     decoder = bundle.component("vae_decoder").config
     side = 1 if component == "vae_encoder" else 2 ** (len(decoder["block_out_channels"]) - 1)
-    text = bundle.manifest.tokenizers[TEXT_ENCODERS["text_encoder"]].max_length
+    text = _tokenizer(bundle, "text_encoder").max_length
     return models.sizes(component, config, (size[0] // side, size[1] // side), text)
 
 
