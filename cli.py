@@ -579,7 +579,7 @@ def plan(
         shown = text if as_json else samplers.format_table(table)
     else:
         made = pipe.plan(table, recipe.guidance, size, speed(pipe.bundle, threads))
-        text = made.to_json()
+        text = plan_json(pipe.bundle, made)
         shown = text if as_json else plan_text(pipe, made, memory is not None)
         if plot:
             draw_plan(plot, made, pipe.manifest.model, measured, force)
@@ -628,6 +628,15 @@ def plan_text(pipe: Pipeline, made: Plan, scaled: bool) -> str:
     bars = "\n".join(plot.timeline(plot.spans_of(made), made.budget if scaled else None))
     device = "" if made.target in ("native", "onnx") else columns(memory_rows(pipe.bundle))
     return "\n\n".join(filter(None, [head, columns([titles, *rows]), bars, peak, device]))
+
+
+def plan_json(bundle: Bundle, made: Plan) -> str:
+    """A plan as JSON, and what each component takes on the devices that the bundle is made for."""
+    device = {} if made.target in ("native", "onnx") else {
+        name: {key: memory.total for key, memory in part.memory.items()}
+        for name, part in bundle.manifest.components.items()
+    }  # fmt: skip
+    return json.dumps({**made.to_dict(), "device_bytes": device}, indent=1) + "\n"
 
 
 def read_trace(path: Path) -> Recording:

@@ -143,8 +143,8 @@ FT_API const char *ft_program_isa(const ft_program *program);
 
 /* Let the weights, which must be mapped from a file, be in memory only around their use: at most
  * `window` bytes of them at once, brought in ahead by a thread of its own and dropped behind.
- * Ranges are in the order of `first`; pages in none come when they are touched, and may stay.
- * Not during a run.
+ * Ranges are in the order of `first`; pages in none come when they are touched and stay
+ * until the run ends.  Not during a run.
  * Returns 0, or -1 and one line in message.  ft_can_stream: whether this system can. */
 FT_API int ft_can_stream(void);
 FT_API int ft_program_stream(ft_program *program, const struct ft_range *ranges, size_t count,

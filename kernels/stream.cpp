@@ -62,7 +62,7 @@ bool bring(char *start, char *end) {
 bool can_stream() { return true; }
 
 Streamer::Streamer(const ft_range *list, size_t count, uint64_t most)
-    : ranges(list, list + count), window(most), thread([this] { serve(); }) {}
+    : ranges(list, list + count), window(most), held(count), thread([this] { serve(); }) {}
 
 Streamer::~Streamer() {
     {
@@ -164,6 +164,7 @@ bool Streamer::bring_in(size_t index) {
 
 void Streamer::serve() {
     std::unique_lock<std::mutex> lock(mutex);
+    held.clear(); // its room is there: a run allocates nothing
     for (;;) {
         idle = !running;
         if (idle) arrived.notify_all();

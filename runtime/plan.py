@@ -8,7 +8,6 @@ from the manifest and the index of the weights; none of the weights is read.  Do
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ LEFT_BY_OP, LEFT_BY_TENSOR = 1500, 2600
 PER_THREAD = 160 << 10
 TOKENIZER = 10
 # Bytes per pixel of arrays and the picture; those before the encoder runs are gone when it does.
-PIXEL, BEFORE = {"vae_decoder": 20, "vae_encoder": 16}, {"vae_encoder": 52}
+PIXEL, BEFORE = {"vae_decoder": 20, "vae_encoder": 20}, {"vae_encoder": 52}
 LATENT = 12  # arrays of latents that a sampler holds
 # Rough speeds, as parts of what the multiply-accumulate loop reaches (results/native_ops.md).
 LINEAR, WINOGRAD, DOUBLED, ATTENTION = 0.85, 1.7, 2.05, 0.6
@@ -156,9 +155,6 @@ class Plan:
             "residency": self.residency,
             "seconds": round(self.seconds, 3),
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1) + "\n"
 
 
 class Refusal(FerrotypeError):

@@ -851,9 +851,11 @@ class Moments:
     border: int = 0
     wide: tuple[int, int] = (0, 0)
     mean: float = 0.0
+    steady: bool = False  # all alike but for the first: errors of a long sum would all add up
 
     def label(self) -> str:
         parts = [f"{self.h}x{self.w}x{self.c}"]
+        parts += ["steady"] if self.steady else []
         parts += [f"after{self.before}"] if self.before else []
         parts += ["border"] if self.border else []
         parts += ["wide"] if any(self.wide) else []
@@ -862,6 +864,9 @@ class Moments:
     def case(self, name: str, seed: int, kind: Type) -> Case:
         build = Build(np.random.default_rng(seed))
         values = norm_input(build, self.h, self.w, self.c, self.mean)
+        if self.steady:
+            values[:] = values[0, -1]
+            values[0, 0] = 0
         a = build.tensor(values, kind, self.border, self.wide)
         x = np.pad(a.values, ((0, 0), (0, 0), (0, padded(self.c) - self.c)))
         n, shift, totals = x.shape[2], x[0, 0], np.zeros((2, x.shape[2]))
@@ -892,6 +897,8 @@ def moments() -> Iterator[Moments]:
     yield Moments(5, 6, 24, border=1, wide=(16, 32))
     yield Moments(5, 6, 24, before=3, border=1, wide=(16, 32))
     yield Moments(4, 33, 16, mean=100.0)
+    yield Moments(1, 3000, 17, steady=True)
+    yield Moments(3000, 1, 17, steady=True)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,22 @@ def test_a_product_does_not_lie_upon_what_it_multiplies():
         assert network.run(prepared=prepared) == whole
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "rows"),
+    [([24, 96], 2, (26, 26), 30), ([32, 16, 24, 24], 8, (40, 64), 32)],
+    ids=str,
+)
+def test_what_grows_or_makes_room_is_in_nobody_elses_place(channels, groups, size, rows):
+    """A tensor that is pinned has its life to itself: not that of one that it might lie upon."""
+    config = vae(channels, groups, layers_per_block=2, mid_block_add_attention=False)
+    network = Network("vae_encoder", config, size)
+    whole = network.run()
+    for keep in network.keeps():
+        prepared = network.prepare(Bands(rows, keep))
+        check_owners(*prepared)
+        assert network.run(prepared=prepared) == whole
+
+
 def test_two_layouts_are_alike():
     """A plan's and the run's: the order of a set hangs on the addresses of objects."""
     network = Network("vae_encoder", vae([32, 16, 24, 24], 8, layers_per_block=2), (40, 64))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -137,7 +138,8 @@ def parse(command):
     """The options of a suggested command, as the command line reads them."""
     words = shlex.split(command)
     assert words[:3] == ["ferrotype", "convert", "CHECKPOINT"]
-    with cli.main.commands["convert"].make_context("convert", words[2:]) as context:
+    parent = click.Context(cli.main, **cli.main.context_settings)
+    with cli.main.commands["convert"].make_context("convert", words[2:], parent) as context:
         return {k: v for k, v in context.params.items() if v}
 
 

@@ -280,7 +280,8 @@ print(json.dumps([read().peak - before, m._mapped(opened, {component!r})]))
     peak, mapped = in_a_process(code)
     assert abs(mapped - predicted.weights) < MIB / 2
     assert peak <= predicted.total
-    assert predicted.total - peak < 0.1 * peak + 2 * SLACK
+    # SLACK is in it; pages of the library that are mapped already may be as much again, and half
+    assert predicted.total - peak < 0.1 * peak + 3 * SLACK
 
 
 @linux
