@@ -384,7 +384,7 @@ def test_equal_inputs_give_equal_plans(wide, monkeypatch):
     assert plans.make(wide, run, budget, 2) == first
     monkeypatch.setattr(plans, "_costs", {})
     assert plans.make(wide, run, budget, 2) == first, "not kept: worked out anew"
-    assert plans.make(wide, run, budget, 2).to_json() == first.to_json()
+    assert plans.make(wide, run, budget, 2).to_dict() == first.to_dict()
     copied = bundles.Bundle(Path(shutil.copytree(wide.folder, wide.folder / "copy")), wide.manifest)
     shutil.rmtree(wide.folder / "copy" / "unet" / "check", ignore_errors=True)
     try:
@@ -428,7 +428,7 @@ def test_a_plan_reads_no_weights(wide, tmp_path):
 
 def test_a_plan_as_json(wide):
     made = plans.make(wide, Run((128, 192), 2), 300 * MIB, 2)
-    data = json.loads(made.to_json())
+    data = json.loads(json.dumps(made.to_dict()))
     assert data["format"] == 1
     assert data["budget"] == 300 * MIB
     assert (data["size"], data["steps"], data["threads"]) == ([128, 192], 2, 2)
