@@ -36,7 +36,7 @@ SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "t
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
 RNGS = ("torch", "numpy", "pcg64")
 TARGETS = ("onnx", "native", "coreml", "tensorrt")
-ACTIVATIONS = ("fp32", "fp16", "bf16")
+ACTIVATIONS = ("fp32", "fp16", "bf16", "int8")
 DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 STRENGTH = "How much of the picture to change, 0 to 1.  [default: 0.6]"
@@ -596,9 +596,9 @@ def speed(bundle: Bundle, threads: int | None) -> float:
     from . import kernels
     from .runtime import plan as plans
     from .runtime.engines.native import usable_threads
-    from .runtime.program import TYPES
+    from .runtime.program import activation_type
 
-    kind = TYPES.get(bundle.manifest.precision.activations)
+    kind = activation_type(bundle.manifest.precision.activations)
     if bundle.manifest.target != "native" or kind is None or not kernels.available():
         return plans.FLOPS
     name = isa() or kernels.isas()[0]
@@ -803,7 +803,7 @@ def weights_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
         kept = {k: reasons for k, reasons in parity.get("not_compressed", {}).items() if reasons}
         rows: list[tuple[str, ...]] = []
         for name, forms in parity.get("weights", {}).items():
-            if set(forms) - {"fp16", "fp32"}:
+            if set(forms) - {"fp16", "fp32", "bf16"}:
                 counts = ", ".join(f"{count} as {form}" for form, count in forms.items())
                 why = "; ".join(f"{count}: {text}" for text, count in kept.get(name, {}).items())
                 rows.append((f"{name} weights", counts, why and f"not compressed: {why}"))

@@ -30,6 +30,13 @@ FLOORS = {
     ("4-bit", "fp32"): {"component": 22.0, "picture": 15.0},
     ("2-bit", "fp32"): {"component": 14.0, "picture": 8.0},
 }
+# The native engine: bf16, or int8 as well where it meets weights of int8.
+FLOORS |= {
+    ("8-bit", "bf16"): {"component": 35.0, "picture": 30.0},
+    ("8-bit", "int8"): {"component": 25.0, "picture": 22.0},
+    ("4-bit", "bf16"): {"component": 20.0, "picture": 15.0},
+    ("4-bit", "int8"): {"component": 20.0, "picture": 15.0},
+}
 FLOORS |= {(weights, "fp16"): floor for (weights, _), floor in FLOORS.items() if "bit" in weights}
 
 

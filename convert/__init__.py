@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..bundle import Precision
 from ..quantize.recipe import Recipe
 from .checkpoint import ConvertError, OptionError
-from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
+from .options import UNQUANTIZED, CoremlOptions, NativeOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -49,6 +49,7 @@ NATIVE = (
 )
 FORMS = {  # what each can, for the message
     "onnx": "fp32 or fp16",
+    "native": "fp32, bf16, fp16, w8, w4, or a recipe's file",
     "coreml": "fp32, fp16, p8, p6, p4, p2, w8, w4 and their kin, or a recipe's file",
     "tensorrt": "fp32, fp16, w8, w4, or a recipe's file",
 }
@@ -70,7 +71,7 @@ def convert(
     """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
 
     `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
-    networks compute in, fp16 or fp32, or bf16 with the native target.  `sizes`, (width, height)
+    networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)
     each, are the only ones that can be drawn, the first by default; without any, ONNX takes every
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
     own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
@@ -130,19 +131,35 @@ def _native_precision(
     weights: str | Recipe | None, activations: str | None
 ) -> tuple[Recipe, Precision]:
     """One of NATIVE; what is not told is as what is, so that nothing is lost between them."""
-    if isinstance(weights, Recipe):
-        raise OptionError("the native target reads no recipe: weights are fp32, bf16 or fp16")
     stored, computed = TARGETS["native"]
+    if isinstance(weights, Recipe) or weights in ("w8", "w4"):
+        return _native_few_bits(weights, activations or computed)
+    if activations == "int8":
+        raise OptionError("activations int8 need weights w8, or a recipe that has some")
     if weights is None:
         weights = activations if activations in ("bf16", "fp16") else stored
     pair = weights, activations or (weights if weights in dict(NATIVE) else computed)
     if pair not in NATIVE:
         known = ", ".join(f"{w} with {a}" for w, a in NATIVE)
         raise OptionError(
-            f"weights {pair[0]} with activations {pair[1]}: the native target has {known}"
+            f"weights {pair[0]} with activations {pair[1]}: the native target has {known}; "
+            f"w8, w4 or a recipe with {', '.join(UNQUANTIZED)}"
         )
     # A recipe cannot say bf16, and nothing reads this one: what is stored is in the precision.
     return Recipe.uniform("fp32"), Precision(*pair)
+
+
+def _native_few_bits(weights: str | Recipe, activations: str) -> tuple[Recipe, Precision]:
+    """A recipe as it is, or one form for all that is worth it."""
+    if activations not in UNQUANTIZED:
+        known = ", ".join(UNQUANTIZED)
+        raise OptionError(f"activations {activations!r}: the native target computes in {known}")
+    recipe = weights if isinstance(weights, Recipe) else Recipe.uniform(weights)
+    if not recipe.least_bits:
+        raise OptionError(
+            f"the recipe quantizes nothing: give --weights {UNQUANTIZED[activations]} instead"
+        )
+    return recipe, Precision("mixed" if recipe.rules else str(recipe.default), activations)
 
 
 def _options(target: str, options: Options | None) -> Options | None:

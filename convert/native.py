@@ -17,17 +17,32 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..bundle import Bundle, Memory, Precision
+from ..bundle import Bundle, Memory
 from ..kernels import LANES, Type
+from ..quantize.native import to_int4, to_int8
+from ..quantize.recipe import Form, Recipe
 from ..runtime import models
 from ..runtime.engines.native import DTYPES as NATIVE
 from ..runtime.engines.native import FORMAT, INDEX, WEIGHTS, read_index, widen, write_input
 from ..runtime.layout import lay_out
-from ..runtime.program import LINE, TYPES, Node, Packed, Value, Weight, padded, round_up
-from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
+from ..runtime.program import (
+    GROUP,
+    INT8,
+    LINE,
+    STORED,
+    TYPES,
+    Node,
+    Packed,
+    Value,
+    Weight,
+    activation_type,
+    padded,
+    round_up,
+)
+from .checkpoint import Checkpoint, CheckpointError, ConvertError, Tensors, new_attention_name
 from .rounding import to_bf16, to_half
 
-NAMES = {kind: name for name, kind in TYPES.items()}
+NAMES = {kind: name for name, kind in STORED.items()}
 DTYPES = {Type.F32: "<f4", Type.BF16: "<u2", Type.F16: "<f2"}  # bfloat16 as its bits
 PAGE = 4096  # what matrices are aligned to
 ROWS = 4 * LANES  # outputs that are packed at once: what is held beside the tensor itself
@@ -42,29 +57,60 @@ PARTS = {  # component -> what its tensors in the file of the autoencoder begin 
 DOUBLED = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
+def choose(
+    component: str, requests: Sequence[Packed], recipe: Recipe
+) -> tuple[dict[str, Type], dict[str, str]]:
+    """What matrices that a recipe quantizes are stored as, by name; why the others are not.
+
+    Tensors that are joined take the form of the first.  Raises ConvertError for another form than
+    w8 and w4, which are what the engine multiplies.
+    """
+    few_bits, kept = {}, {}
+    for request in requests:
+        if not request.is_matrix:
+            continue
+        taps = (request.side, request.side) if request.side > 1 else ()
+        shape = (request.outputs, sum(request.inputs), *taps)
+        form, why = recipe.choose(component, request.sources[0], shape)
+        if form.quantizes:
+            few_bits[request.name] = _type_of(form)
+        else:
+            kept[request.name] = why
+    return few_bits, kept
+
+
+def _type_of(form: Form) -> Type:
+    types = {"w8": Type.I8, "w4": Type.I4}
+    if str(form) not in types:
+        raise ConvertError(f"weights {form}: the native target stores {', '.join(types)}, not that")
+    return types[str(form)]
+
+
 def write(
     checkpoint: Checkpoint,
     component: str,
     requests: Sequence[Packed],
     folder: Path,
     weights: str,
+    few_bits: Mapping[str, Type] | None = None,
 ) -> dict[str, int]:
     """Write weights.bin and weights.json; return how many values fp16 rounds to zero, by tensor.
 
-    `weights` is what matrices are stored as: fp32, bf16 or fp16.  Raises ConvertError, also for a
-    tensor of the checkpoint that no request reads.
+    `weights` is what matrices are stored as, fp32, bf16 or fp16, and `few_bits` those, by name,
+    that are not.  Raises ConvertError, also for a tensor of the checkpoint that no request reads.
     """
     tensors = Tensors(checkpoint, _folder(component))
     names = _names(checkpoint, component, requests, tensors)
-    places = layout(requests, TYPES[weights])
+    places = layout(requests, TYPES[weights], few_bits)
     lost: dict[str, int] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / WEIGHTS).open("wb") as file:
         for request in requests:
             place = places[request.name]
             file.write(bytes(place.offset - file.tell()))
-            for panel in _panels(request, (tensors[names[s]] for s in request.sources)):
-                file.write(_stored(request.name, panel, place.type, lost).data)
+            arrays = (tensors[names[s]] for s in request.sources)
+            for part in _parts(request, arrays, place.type, lost):
+                file.write(part.data)
         size = file.tell()
     entries = {
         request.name: {
@@ -72,7 +118,7 @@ def write(
             "type": NAMES[places[request.name].type],
             "offset": places[request.name].offset,
             "bytes": places[request.name].bytes,
-            "shape": list(request.shape(TYPES[weights])),
+            "shape": list(request.shape(places[request.name].type)),
         }
         for request in requests
     }
@@ -81,22 +127,26 @@ def write(
     return lost
 
 
-def layout(requests: Sequence[Packed], weights: Type) -> dict[str, Weight]:
+def layout(
+    requests: Sequence[Packed], weights: Type, few_bits: Mapping[str, Type] | None = None
+) -> dict[str, Weight]:
     """Where each tensor lies in the file, one after the other, by name."""
     places: dict[str, Weight] = {}
     end = 0
     for request in requests:
-        kind = request.type(weights)
+        kind = request.type((few_bits or {}).get(request.name, weights))
         start = round_up(end, PAGE if request.is_matrix else LINE)
-        end = start + math.prod(request.shape(weights)) * kind.bytes
-        places[request.name] = Weight(kind, start, end - start)
+        size, scales = request.bytes(kind)
+        places[request.name] = Weight(
+            kind, start, size, start + scales if request.scales(kind) else None
+        )
+        end = start + size
     return places
 
 
 def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndarray:
     """The bytes of one tensor, made of the checkpoint's `arrays` in the order of its sources."""
-    kind = request.type(TYPES[weights])
-    parts = [_stored(request.name, panel, kind, {}) for panel in _panels(request, arrays)]
+    parts = _parts(request, arrays, request.type(STORED[weights]), {})
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -105,12 +155,11 @@ def memory(
     config: Mapping[str, Any],
     outputs: Collection[str],
     shapes: models.Shapes,
-    precision: Precision,
+    places: Mapping[str, Weight],
+    activations: Type,
 ) -> dict[str, Memory]:
     """What the engine needs for inputs of these shapes, by the number of threads."""
-    kind, weights = TYPES[precision.activations], TYPES[precision.weights]
-    graph = models.build(component, config, shapes, kind, outputs)
-    places = layout(graph.packed, weights)
+    graph = models.build(component, config, shapes, activations, outputs)
     size = max(place.offset + place.bytes for place in places.values())
     found = {}
     for threads in THREADS:
@@ -129,9 +178,11 @@ def run_ops(
     That is the residual and the vector of a matrix product, as they were before the op ran.
     """
     spec, folder = bundle.component(component), bundle.path(component)
-    places = read_index(folder, models.weights(component, spec.config, spec.outputs))
+    activations = bundle.manifest.precision.activations
+    requests = models.weights(component, spec.config, spec.outputs)
+    places = read_index(folder, requests, activations == INT8)
     shapes = {name: np.shape(value) for name, value in inputs.items()}
-    kind = TYPES[bundle.manifest.precision.activations]
+    kind = activation_type(activations) or Type.F32
     graph = models.build(component, spec.config, shapes, kind, spec.outputs)
     placed = lay_out(graph, places, lambda op: kernels.scratch(op, 1, isa))
     arena = kernels.aligned(placed.arena_bytes)
@@ -307,6 +358,50 @@ def _pad_inputs(values: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
         filled[..., target : target + count] = values[..., source : source + count]
         source, target = source + count, target + padded(count)
     return filled
+
+
+def _parts(
+    request: Packed, arrays: Iterable[np.ndarray], kind: Type, lost: dict[str, int]
+) -> Iterator[np.ndarray]:
+    """A tensor as it is stored, piece by piece; the scales of int8 come last."""
+    scales = []
+    for panel in _panels(request, arrays):
+        if kind == Type.I8:
+            values, scale = to_int8(panel)
+            scales.append(scale)
+            yield _in_fours(values)
+        elif kind == Type.I4:
+            yield _int4(panel, request.inputs)
+        else:
+            yield _stored(request.name, panel, kind, lost)
+    if scales:
+        _, start = request.bytes(kind)
+        matrix = math.prod(request.shape(kind))
+        yield np.zeros(start - matrix, np.uint8)
+        yield np.concatenate(scales).astype("<f4")
+
+
+def _in_fours(values: np.ndarray) -> np.ndarray:
+    """(blocks, taps, inputs, 16) of int8 as they are stored."""
+    blocks, taps, inputs, _ = values.shape
+    fours = values.reshape(blocks, taps, inputs // 4, 4, LANES).swapaxes(3, 4)
+    return np.ascontiguousarray(fours)
+
+
+def _int4(panel: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
+    """A panel as int4: of every source and group of inputs 16 scales, then values by eights."""
+    parts, first = [], 0
+    blocks, taps = panel.shape[:2]
+    for count in map(padded, inputs):
+        values, scales = to_int4(panel[:, :, first : first + count], GROUP)
+        first += count
+        for i in range(scales.shape[2]):
+            group = values[:, :, GROUP * i : GROUP * (i + 1)].view(np.uint8) & 15
+            eights = group.reshape(blocks, taps, -1, 8, LANES).swapaxes(3, 4)
+            packed = eights[..., ::2] | eights[..., 1::2] << 4
+            own = np.ascontiguousarray(scales[:, :, i], "<f2").view(np.uint8)
+            parts += [own, packed.reshape(blocks, taps, -1)]
+    return np.concatenate(parts, 2)
 
 
 def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> np.ndarray:

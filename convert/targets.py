@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from .. import kernels, parity
 from ..bundle import Bundle, Component, Precision, Tensor
+from ..kernels import Type
 from ..quantize.recipe import Recipe, RecipeError
 from ..runtime import models
 from ..runtime.engines import Arrays, Engine
@@ -18,11 +19,12 @@ from ..runtime.engines.coreml import CoremlEngine
 from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
+from ..runtime.program import TYPES, activation_type
 from . import native, onnx
 from .blame import native_worst, worst
 from .checkpoint import Checkpoint, ConvertError
 from .modules import NORM_INPUT
-from .options import CoremlOptions, NativeOptions, TensorrtOptions
+from .options import UNQUANTIZED, CoremlOptions, NativeOptions, TensorrtOptions
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -122,6 +124,9 @@ class NativeTarget:
         kernels.library()  # without the engine nothing could be checked: said before hours pass
         self.task, self.chosen = task, options
         self.underflow: Counter[str] = Counter()
+        self.forms: dict[str, Counter[str]] = {}  # of matrices, by component
+        self.kept: dict[str, Counter[str]] = {}  # why they are not quantized
+        self.names: list[str] = []
 
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
@@ -130,12 +135,22 @@ class NativeTarget:
         size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
         taken, outputs = onnx.interface(name, module, size)  # float32 whatever it computes in
         requests = models.weights(name, config, outputs)
-        lost = native.write(task.checkpoint, name, requests, folder, task.precision.weights)
+        few_bits, kept = native.choose(name, requests, task.recipe)
+        self.kept[name] = Counter(kept.values())
+        plain = task.precision.weights
+        if task.recipe.least_bits:
+            plain = UNQUANTIZED[task.precision.activations]
+        lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
         self.underflow.update(lost)
+        places = native.layout(requests, TYPES[plain], few_bits)
+        matrices = [request for request in requests if request.is_matrix]
+        self.names += [f"{name}/{request.sources[0]}" for request in matrices]
+        self.forms[name] = Counter(native.NAMES[places[r.name].type] for r in matrices)
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
         shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
-        memory = native.memory(name, config, outputs, shapes, task.precision)
+        kind = activation_type(task.precision.activations) or Type.F32
+        memory = native.memory(name, config, outputs, shapes, places, kind)
         arrays = _single(tensors(taken)), _single(tensors(outputs))
         return Component(folder.name, config, *arrays, memory=memory)
 
@@ -149,7 +164,12 @@ class NativeTarget:
         return {}
 
     def report(self) -> dict[str, Any]:
-        return {"fp16_underflow": self.underflow.total()}
+        told: dict[str, Any] = {"fp16_underflow": self.underflow.total()}
+        if self.task.recipe.least_bits:
+            _check_used(self.task.recipe, self.names)
+            told["weights"] = {name: dict(forms) for name, forms in self.forms.items()}
+            told["not_compressed"] = {name: dict(why) for name, why in self.kept.items()}
+        return told
 
 
 class CoremlTarget:

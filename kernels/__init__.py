@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import FerrotypeError
 
-ABI = 2
+ABI = 3
 LANES = 16  # channels are stored, and outputs packed, in blocks of so many
 NO_WEIGHT = 2**64 - 1
 MESSAGE_BYTES = 512
@@ -31,10 +31,13 @@ class Type(IntEnum):
     F16 = 2
     I32 = 3
     U8 = 4
+    I8 = 5
+    I4 = 6
 
     @property
     def bytes(self) -> int:
-        return (4, 2, 2, 4, 1)[self]
+        """Of an element; I4 has two in a byte, and scales between them."""
+        return (4, 2, 2, 4, 1, 1, 0)[self]
 
 
 class Kind(IntEnum):
@@ -85,12 +88,13 @@ class Op(ctypes.Structure):
         *((name, Tensor) for name in ("out", "a", "b", "c", "add")),
         ("weight", ctypes.c_uint64),
         ("bias", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
         ("weight_type", ctypes.c_uint32),
         *(
             (name, ctypes.c_int32)
             for name in (
-                *("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "band"),
-                *("groups", "heads", "size", "causal", "flip"),
+                *("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "narrow"),
+                *("band", "groups", "heads", "size", "causal", "flip"),
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "x", "y")),
@@ -98,7 +102,7 @@ class Op(ctypes.Structure):
     )
 
     def __init__(self, **fields: Any) -> None:
-        super().__init__(**{"weight": NO_WEIGHT, "bias": NO_WEIGHT, **fields})
+        super().__init__(**{**dict.fromkeys(("weight", "bias", "scales"), NO_WEIGHT), **fields})
 
 
 class Range(ctypes.Structure):

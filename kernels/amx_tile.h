@@ -34,6 +34,11 @@ template <int C, int A, int B> inline void dot_bf16() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
+// The same of four int8 into an int32
+template <int C, int A, int B> inline void dot_int8() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
 #else
 
 struct Tiles {
@@ -76,6 +81,17 @@ template <int C, int A, int B> void dot_bf16() {
             float sum;
             memcpy(&sum, state.bytes[C][m] + 4 * n, 4);
             for (int k = 0; k < 32; k++) sum += bf16(A, m, k) * bf16(B, k / 2, 2 * n + k % 2);
+            memcpy(state.bytes[C][m] + 4 * n, &sum, 4);
+        }
+}
+
+template <int C, int A, int B> void dot_int8() {
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 16; n++) {
+            int32_t sum;
+            memcpy(&sum, state.bytes[C][m] + 4 * n, 4);
+            for (int k = 0; k < 64; k++)
+                sum += int8_t(state.bytes[A][m][k]) * int8_t(state.bytes[B][k / 4][4 * n + k % 4]);
             memcpy(state.bytes[C][m] + 4 * n, &sum, 4);
         }
 }

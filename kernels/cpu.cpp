@@ -35,8 +35,10 @@ Cpu from_registers(const Registers &r) {
     cpu.avx2 = saves(XMM_YMM) && avx && fma && f16c && bit(r.leaf7_ebx, 5);
     cpu.avx512 = cpu.avx2 && saves(OPMASK_ZMM) && bit(r.leaf7_ebx, 16) &&              // F
                  bit(r.leaf7_ebx, 17) && bit(r.leaf7_ebx, 30) && bit(r.leaf7_ebx, 31); // DQ, BW, VL
-    cpu.avx512_bf16 = cpu.avx512 && bit(leaf7_1_eax, 5);
-    cpu.amx_bf16 = cpu.avx512_bf16 && saves(TILES) && bit(r.leaf7_edx, 22) && bit(r.leaf7_edx, 24);
+    cpu.avx512_vnni = cpu.avx512 && bit(r.leaf7_ecx, 11);
+    cpu.avx512_bf16 = cpu.avx512_vnni && bit(leaf7_1_eax, 5);
+    cpu.amx = cpu.avx512_bf16 && saves(TILES) && bit(r.leaf7_edx, 22) && bit(r.leaf7_edx, 24) &&
+              bit(r.leaf7_edx, 25);
     return cpu;
 }
 
@@ -49,7 +51,7 @@ Registers registers() {
     uint32_t a = 0, b = 0, c = 0, d = 0;
     __get_cpuid(0, &r.max_leaf, &b, &c, &d);
     __get_cpuid(1, &a, &b, &r.leaf1_ecx, &d);
-    __get_cpuid_count(7, 0, &r.leaf7_eax, &r.leaf7_ebx, &c, &r.leaf7_edx);
+    __get_cpuid_count(7, 0, &r.leaf7_eax, &r.leaf7_ebx, &r.leaf7_ecx, &r.leaf7_edx);
     __get_cpuid_count(7, 1, &r.leaf7_1_eax, &b, &c, &d);
     if (bit(r.leaf1_ecx, 27)) {
         __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
@@ -72,18 +74,19 @@ bool may_use_tiles() {
 
 Cpu detect() {
     Cpu cpu = from_registers(registers());
-    cpu.amx_bf16 = cpu.amx_bf16 && may_use_tiles();
+    cpu.amx = cpu.amx && may_use_tiles();
     return cpu;
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
 
 Cpu detect() {
-    constexpr int ASIMD = 1, ASIMD_HP = 10, BF16 = 14; // bits of HWCAP, HWCAP and HWCAP2
+    constexpr int ASIMD = 1, ASIMD_HP = 10, ASIMD_DP = 20, BF16 = 14; // of HWCAP, HWCAP2
     Cpu cpu = {};
     cpu.neon = bit(uint32_t(getauxval(AT_HWCAP)), ASIMD);
     cpu.neon_fp16 = cpu.neon && bit(uint32_t(getauxval(AT_HWCAP)), ASIMD_HP);
-    cpu.neon_bf16 = cpu.neon && bit(uint32_t(getauxval(AT_HWCAP2)), BF16);
+    cpu.neon_dot = cpu.neon && bit(uint32_t(getauxval(AT_HWCAP)), ASIMD_DP);
+    cpu.neon_bf16 = cpu.neon_dot && bit(uint32_t(getauxval(AT_HWCAP2)), BF16);
     return cpu;
 }
 
@@ -103,7 +106,8 @@ Cpu detect() {
     Cpu cpu = {};
     cpu.neon = true; // every Mac and iPhone of this architecture
     cpu.neon_fp16 = has("hw.optional.arm.FEAT_FP16");
-    cpu.neon_bf16 = has("hw.optional.arm.FEAT_BF16");
+    cpu.neon_dot = has("hw.optional.arm.FEAT_DotProd");
+    cpu.neon_bf16 = cpu.neon_dot && has("hw.optional.arm.FEAT_BF16");
     return cpu;
 }
 

@@ -21,12 +21,22 @@ extern "C" {
 #define FT_API __attribute__((visibility("default")))
 #endif
 
-#define FT_ABI 2    /* of this header; ft_abi() is that of the library */
+#define FT_ABI 3    /* of this header; ft_abi() is that of the library */
 #define FT_LANES 16 /* outputs in a block of packed weights; channels are stored padded to it */
 #define FT_MAX_THREADS 64
 #define FT_NO_WEIGHT UINT64_MAX
 
-enum ft_type { FT_F32 = 0, FT_BF16 = 1, FT_F16 = 2, FT_I32 = 3, FT_U8 = 4 };
+/* I8 and I4 are types of packed matrices alone: integers, -127..127 with an f32 scale per output,
+ * and -8..7 with an f16 scale per output for every 32 inputs of a tap, which lies before them. */
+enum ft_type {
+    FT_F32 = 0,
+    FT_BF16 = 1,
+    FT_F16 = 2,
+    FT_I32 = 3,
+    FT_U8 = 4,
+    FT_I8 = 5,
+    FT_I4 = 6,
+};
 
 /* Channels-last image, or a sequence of tokens (h = 1), in the arena.
  *
@@ -94,11 +104,15 @@ struct ft_op {
     struct ft_tensor out, a, b, c; /* c: residual of matmul, values of attention */
     struct ft_tensor add;          /* matmul: f32 vector of out.c channels (h = w = 1) */
     uint64_t weight, bias;         /* bytes into the weights, multiples of 64 */
+    uint64_t scales;               /* matmul of I8: f32 by output, as bias; of upsample, by parity
+                                    * first */
     uint32_t weight_type;
     int32_t side, stride, pad; /* matmul; pad 1 reads a border above and left, 0 does not */
     int32_t upsample, geglu, late;
     int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
                                   * products; 1: where that is faster, 2: however small out is */
+    int32_t narrow;              /* matmul of I8: each pixel of a (and b) is rounded to int8 with a
+                                  * scale of its own, and integers are multiplied */
     int32_t band;                /* out is rows of an image: 1: others are above, 2: below, 3: both;
                                   * its border is not written there */
     int32_t groups;              /* group norm */

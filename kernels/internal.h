@@ -30,15 +30,28 @@ struct Tile {
 };
 typedef void tile_fn(const Tile &);
 
+// What lies before the int8 values of a pixel, which are them times `scale`; `sum` is theirs.
+// Tile::rows and taps of int8 by int8 lead to the values; acc is in units of the weights' scales,
+// and (+)= scale * sum over k, tap by tap, each one fused multiply-add.
+struct Int8Pixel {
+    float scale;
+    int32_t sum;
+    int32_t unused[2]; // values start at a multiple of 16
+    static const Int8Pixel *of(const char *values) {
+        return reinterpret_cast<const Int8Pixel *>(values) - 1;
+    }
+};
+
 struct TileKernel {
     tile_fn *run; // null: not made for these types
     int rows, blocks;
     int k_step; // 2 for vectors (pairs of bf16), 16 for matrix units
 };
 
-// Rows of a tile after the sum, TILE floats apart: out = act(acc + bias + add) + residual.
+// Rows of a tile after the sum, TILE floats apart: out = act(acc * scale + bias + add) + residual.
 struct Finish {
     const float *acc;
+    const float *scale;          // acc is times these; null: none
     const float *bias, *add;     // null: none
     const char *const *residual; // of each row; null: none; of the type of out
     char *const *out;            // of each row
@@ -72,6 +85,12 @@ struct WinogradKernels {
 
 struct Kernels {
     TileKernel tile[3][3]; // by type of activations, type of weights (FT_F32, FT_BF16, FT_F16)
+    TileKernel narrow;     // int8 by int8
+    // A pixel as int8 values and what is before them; channels a multiple of LANES.
+    void (*to_int8)(char *pixel, const char *x, uint32_t type, int channels);
+    // k inputs, a multiple of LANES, by LANES outputs of FT_I8 or FT_I4 as weights of `type`;
+    // those of FT_I8 without their scales.
+    void (*widen)(char *out, uint32_t type, const char *w, uint32_t w_type, int64_t k);
     void (*finish)(const Finish &);
     float (*softmax)(const Softmax &); // returns what earlier sums are multiplied by
     // x[i] *= f
@@ -95,8 +114,9 @@ struct Kernels {
     WinogradKernels winograd;
 };
 
-struct Cpu { // filled by detect(); see cpu.cpp
-    bool avx2, avx512, avx512_bf16, amx_bf16, neon, neon_fp16, neon_bf16;
+struct Cpu {                                          // filled by detect(); see cpu.cpp
+    bool avx2, avx512, avx512_vnni, avx512_bf16, amx; // amx: of bf16 and of int8
+    bool neon, neon_fp16, neon_dot, neon_bf16;
 };
 Cpu detect();
 
@@ -115,7 +135,17 @@ const Isa *find_isa(const char *name); // null name: the best one; null result: 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t padded(int64_t channels) { return round_up(channels, LANES); }
 static inline int type_bytes(uint32_t type) {
-    return type == FT_F32 || type == FT_I32 ? 4 : type == FT_U8 ? 1 : 2;
+    return type == FT_F32 || type == FT_I32 ? 4 : type == FT_U8 || type == FT_I8 ? 1 : 2;
+}
+
+constexpr float LEAST_PIXEL = 1e-30f;   // the largest of a pixel that is not taken for zeros
+constexpr float TO_WHOLE = 12582912.0f; // 1.5 * 2^23: what is added and taken away is whole
+constexpr int GROUP = 32;               // inputs of FT_I4 that share a scale
+
+// Bytes of packed weights of k inputs, a multiple of LANES, by LANES outputs.
+static inline int64_t packed_bytes(uint32_t type, int64_t k) {
+    if (type != FT_I4) return k * LANES * type_bytes(type);
+    return (k + GROUP - 1) / GROUP * LANES * 2 + k * LANES / 2;
 }
 static inline float bits_float(uint32_t u) {
     float f;
@@ -215,9 +245,19 @@ extern const Op matmul_op, group_norm_op, layer_norm_op, attention_op, embedding
 const Op *find_op(uint32_t kind); // null: unknown
 
 // What follows a matmul's sums of up to MAX_ROWS pixels, each at ys, xs, for `blocks` blocks of the
-// weights' outputs from `first`; matmul.cpp.
-void finish_pixels(const ft_op &op, const Context &context, const float *acc, int64_t first,
-                   int blocks, int rows, const int64_t *ys, const int64_t *xs);
+// weights' outputs from `first`; matmul.cpp.  parity: of the output's pixels, in an upsample.
+void finish_pixels(const ft_op &op, const Context &context, const float *acc, int parity,
+                   int64_t first, int blocks, int rows, const int64_t *ys, const int64_t *xs);
+// Whether weights are made of the activations' type before they are multiplied.
+static inline bool widens(const ft_op &op) {
+    return op.weight_type == FT_I4 || (op.weight_type == FT_I8 && !op.narrow);
+}
+// What multiplies; its `run` is null if there is nothing for these types.
+static inline const TileKernel &tile_of(const ft_op &op, const Kernels &kernels) {
+    return op.narrow ? kernels.narrow
+                     : kernels.tile[op.a.type][widens(op) ? op.a.type : op.weight_type];
+}
+uint64_t scale_bytes(const ft_op &op); // from op.scales; 0: none
 // The same as a 3x3 matmul of stride 1 with less than half of the products; winograd.cpp.
 bool winograd_fits(const ft_op &op, const Kernels &kernels);
 uint64_t winograd_scratch(const ft_op &op, const Kernels &kernels, int threads);

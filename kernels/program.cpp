@@ -126,13 +126,16 @@ Fault check_op(const ft_op &op, uint64_t arena, uint64_t weights) {
         if (const char *problem = check_tensor(t.tensor, t.layout, t.needed, arena))
             return {t.name, problem};
     if (op.band < 0 || op.band > 3) return {"band", "is not 0 to 3"};
-    if (op.weight_type > FT_F16) return {"weight_type", "is unknown"};
+    if (op.weight_type > FT_F16 && op.weight_type != FT_I8 && op.weight_type != FT_I4)
+        return {"weight_type", "is unknown"};
     if (op.act > FT_TANH3) return {"act", "is unknown"};
     if (const char *problem = kind->check(op)) return {"op", problem};
     if (const char *problem = check_weight(op.weight, kind->weight_bytes(op), weights))
         return {"weight", problem};
     if (const char *problem = check_weight(op.bias, kind->bias_bytes(op), weights))
         return {"bias", problem};
+    if (const char *problem = check_weight(op.scales, scale_bytes(op), weights))
+        return {"scales", problem};
     return {};
 }
 
@@ -141,7 +144,7 @@ Fault check_run(const ft_op &op, const Kernels &kernels, int threads, uint64_t a
     if (op.scratch % 64) return {"scratch", "is not aligned"};
     if (bytes && (op.scratch > arena || bytes > arena - op.scratch))
         return {"scratch", "ends past the arena"};
-    if (op.kind == FT_MATMUL && !kernels.tile[op.a.type][op.weight_type].run)
+    if (op.kind == FT_MATMUL && !tile_of(op, kernels).run)
         return {"op", "has types that no kernel multiplies"};
     return {};
 }
@@ -174,8 +177,7 @@ int ft_isa_supported(uint32_t i) {
 uint64_t ft_op_scratch(const ft_op *op, uint32_t threads, const char *isa) {
     const Isa *found = find_isa(isa);
     if (!found || !is_sound(op) || threads < 1 || threads > FT_MAX_THREADS) return UINT64_MAX;
-    if (op->kind == FT_MATMUL && !found->kernels->tile[op->a.type][op->weight_type].run)
-        return UINT64_MAX;
+    if (op->kind == FT_MATMUL && !tile_of(*op, *found->kernels).run) return UINT64_MAX;
     return round_up(find_op(op->kind)->scratch(*op, *found->kernels, int(threads)), 64);
 }
 
@@ -286,7 +288,8 @@ int ft_program_stream(ft_program *program, const ft_range *ranges, size_t count,
 
 double ft_ceiling(const char *isa, uint32_t type, uint32_t threads, double seconds) {
     const Isa *found = find_isa(isa);
-    if (!found || type > FT_F16 || threads < 1 || threads > FT_MAX_THREADS) return 0;
+    if (!found || (type > FT_F16 && type != FT_I8) || threads < 1 || threads > FT_MAX_THREADS)
+        return 0;
     const auto burn = found->kernels->burn;
     constexpr int64_t ROUNDS = 1 << 16;
     if (!burn || burn(type, 1) == 0) return 0;

@@ -26,8 +26,11 @@ void finish(const Finish &f) {
             const float *acc = f.acc + r * TILE;
             // with geglu, every second block holds gates
             const int j = f.geglu ? i / LANES * 2 * LANES + i % LANES : i;
-            float v = acc[j] + (f.bias ? f.bias[j] : 0);
-            if (f.geglu) v *= gelu(acc[j + LANES] + (f.bias ? f.bias[j + LANES] : 0));
+            const auto sum = [&](int n) {
+                return std::fma(acc[n], f.scale ? f.scale[n] : 1, f.bias ? f.bias[n] : 0);
+            };
+            float v = sum(j);
+            if (f.geglu) v *= gelu(sum(j + LANES));
             if (f.add) v += f.add[i];
             if (!f.late) v = activate(v, f.act);
             if (f.residual) v += get(f.residual[r], f.type, i);
@@ -95,8 +98,46 @@ void unary(char *out, const char *a, const char *b, uint32_t type, int n, uint32
         put(out, type, i, activate(get(a, type, i) + (b ? get(b, type, i) : 0), act));
 }
 
+void to_int8(char *pixel, const char *x, uint32_t type, int channels) {
+    float largest = 0;
+    bool finite = true;
+    for (int c = 0; c < channels; c++) {
+        finite = finite && std::isfinite(get(x, type, c));
+        largest = std::fmax(largest, std::fabs(get(x, type, c)));
+    }
+    const bool some = finite && largest >= LEAST_PIXEL;
+    Int8Pixel head = {some ? largest / 127 : finite ? 0 : NAN, 0, {}};
+    int8_t *values = reinterpret_cast<int8_t *>(pixel + sizeof head);
+    for (int c = 0; c < channels; c++) {
+        const float whole = std::fma(get(x, type, c), 127 / largest, TO_WHOLE) - TO_WHOLE;
+        values[c] = some ? int8_t(whole) : int8_t(0);
+        head.sum += values[c];
+    }
+    memcpy(pixel, &head, sizeof head);
+}
+
+// Four inputs of an output lie side by side in I8, eight in I4; see docs/engine.md.
+void widen(char *out, uint32_t type, const char *w, uint32_t w_type, int64_t k) {
+    for (int64_t i = 0; i < k; i++)
+        for (int n = 0; n < LANES; n++) {
+            float x;
+            if (w_type == FT_I8) {
+                x = float(int8_t(w[(i / 4 * LANES + n) * 4 + i % 4]));
+            } else {
+                const char *group = w + packed_bytes(FT_I4, i / GROUP * GROUP);
+                const int64_t j = i % GROUP;
+                const uint8_t both =
+                    uint8_t(group[2 * LANES + (j / 8 * LANES + n) * 4 + j % 8 / 2]);
+                const int four = j % 2 ? both >> 4 : both & 15;
+                x = float(four < 8 ? four : four - 16) * get(group, FT_F16, n);
+            }
+            put(out, type, type == FT_BF16 ? (i / 2 * LANES + n) * 2 + i % 2 : i * LANES + n, x);
+        }
+}
+
 } // namespace
 
-const Rows scalar_rows = {finish, softmax, rescale, scaled, moments, affine, layer_norm, unary};
+const Rows scalar_rows = {finish, softmax,    rescale, scaled,  moments,
+                          affine, layer_norm, unary,   to_int8, widen};
 
 } // namespace ft

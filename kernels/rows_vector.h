@@ -143,6 +143,10 @@ template <class V, class T> struct TypedRows {
         return p ? V::load(p + block * LANES) : V::zero();
     }
 
+    static F scales(const ft::Finish &f, int block) {
+        return f.scale ? V::load(f.scale + block * LANES) : V::set(1);
+    }
+
     static void finish(const ft::Finish &f) { f.geglu ? finish_geglu(f) : finish_block(f); }
 
     static void put_row(const ft::Finish &f, int row, int block, F v) {
@@ -154,9 +158,10 @@ template <class V, class T> struct TypedRows {
 
     static void finish_block(const ft::Finish &f) {
         for (int b = 0; b < f.blocks; b++) {
-            const F bias = loaded(f.bias, b), add = loaded(f.add, b);
+            const F scale = scales(f, b), bias = loaded(f.bias, b), add = loaded(f.add, b);
             for (int r = 0; r < f.rows; r++) {
-                F v = V::add(V::add(V::load(f.acc + r * ft::TILE + b * LANES), bias), add);
+                const F acc = V::load(f.acc + r * ft::TILE + b * LANES);
+                F v = V::add(V::fma(acc, scale, bias), add);
                 if (f.act && !f.late) v = M::activate(v, f.act);
                 put_row(f, r, b, v);
             }
@@ -165,11 +170,12 @@ template <class V, class T> struct TypedRows {
 
     static void finish_geglu(const ft::Finish &f) {
         for (int b = 0; b < f.blocks; b++) {
+            const F scale = scales(f, 2 * b), gate_scale = scales(f, 2 * b + 1);
             const F bias = loaded(f.bias, 2 * b), gate_bias = loaded(f.bias, 2 * b + 1);
             for (int r = 0; r < f.rows; r++) {
                 const float *acc = f.acc + r * ft::TILE + 2 * b * LANES;
-                const F gate = M::gelu(V::add(V::load(acc + LANES), gate_bias));
-                put_row(f, r, b, V::mul(V::add(V::load(acc), bias), gate));
+                const F gate = M::gelu(V::fma(V::load(acc + LANES), gate_scale, gate_bias));
+                put_row(f, r, b, V::mul(V::fma(V::load(acc), scale, bias), gate));
             }
         }
     }
@@ -280,6 +286,80 @@ template <class V, class T> struct TypedRows {
             T::store(out + i, M::activate(v, act));
         }
     }
+
+    // Rounded to the nearest 127th of the largest; all NaN if one is not finite.
+    static void to_int8(char *pixel, const char *x, int channels) {
+        F top = V::zero(), zeros = V::zero();
+        for (int c = 0; c < channels; c += LANES) {
+            const F v = T::load(x + c * T::BYTES);
+            top = V::max(V::abs(v), top);
+            zeros = V::fma(v, V::zero(), zeros); // NaN by an infinity, too
+        }
+        const bool finite = V::sum(zeros) == 0;
+        const float largest = V::top(top);
+        const bool some = finite && largest >= ft::LEAST_PIXEL;
+        ft::Int8Pixel &head = *reinterpret_cast<ft::Int8Pixel *>(pixel);
+        head = {some ? largest / 127 : finite ? 0 : __builtin_nanf(""), 0, {}};
+        if (!some) return void(memset(&head + 1, 0, size_t(channels)));
+        const F inverse = V::set(127 / largest), shift = V::set(ft::TO_WHOLE);
+        F sum = V::zero(); // whole numbers, exact
+        for (int c = 0; c < channels; c += LANES) {
+            const F moved = V::fma(T::load(x + c * T::BYTES), inverse, shift);
+            const F whole = V::sub(moved, shift);
+            V::store_int8(reinterpret_cast<char *>(&head + 1) + c, whole);
+            sum = V::add(sum, whole);
+        }
+        head.sum = int32_t(V::sum(sum));
+    }
+};
+
+// --- weights in few bits ------------------------------------------------------------------------
+
+// Rows of weights, inputs in order: each LANES outputs, in pairs where the type is bf16.
+template <class V, class T> struct WeightRows {
+    typedef typename V::F F;
+    static char *put(char *out, F first, F second) {
+        T::store(out, first);
+        T::store(out + LANES * T::BYTES, second);
+        return out + 2 * LANES * T::BYTES;
+    }
+};
+template <class V> struct WeightRows<V, Bf16<V>> {
+    typedef typename V::F F;
+    static char *put(char *out, F first, F second) {
+        V::store_pairs(out, first, second);
+        return out + 4 * LANES;
+    }
+};
+
+template <class V, class T> struct Widen {
+    typedef typename V::F F;
+    typedef WeightRows<V, T> Rows;
+
+    static void int8(char *out, const char *w, int64_t k) {
+        for (; k > 0; k -= 4, w += 4 * LANES) {
+            out = Rows::put(out, V::template field<24, 24>(w), V::template field<16, 24>(w));
+            out = Rows::put(out, V::template field<8, 24>(w), V::template field<0, 24>(w));
+        }
+    }
+
+    template <int I> static char *two(char *out, const char *w, F scale) {
+        return Rows::put(out, V::mul(V::template field<28 - 4 * I, 28>(w), scale),
+                         V::mul(V::template field<24 - 4 * I, 28>(w), scale));
+    }
+
+    static void int4(char *out, const char *w, int64_t k) {
+        for (; k > 0; k -= ft::GROUP) {
+            const F scale = V::load_f16(reinterpret_cast<const uint16_t *>(w));
+            w += 2 * LANES;
+            for (int64_t i = 0; i < ft::GROUP && i < k; i += 8, w += 4 * LANES) {
+                out = two<0>(out, w, scale);
+                out = two<2>(out, w, scale);
+                out = two<4>(out, w, scale);
+                out = two<6>(out, w, scale);
+            }
+        }
+    }
 };
 
 // --- kernels ------------------------------------------------------------------------------------
@@ -357,8 +437,22 @@ template <class V> struct AllRows {
         typed(type, [&](auto rows) { rows.unary(out, a, b, n, act); });
     }
 
-    static constexpr ft::Rows table = {finish,  softmax, rescale,    scaled,
-                                       moments, affine,  layer_norm, unary};
+    static void to_int8(char *pixel, const char *x, uint32_t type, int channels) {
+        typed(type, [&](auto rows) { rows.to_int8(pixel, x, channels); });
+    }
+
+    template <class T> static void widen_to(char *out, const char *w, uint32_t w_type, int64_t k) {
+        w_type == FT_I8 ? Widen<V, T>::int8(out, w, k) : Widen<V, T>::int4(out, w, k);
+    }
+
+    static void widen(char *out, uint32_t type, const char *w, uint32_t w_type, int64_t k) {
+        if (type == FT_BF16) return widen_to<Bf16<V>>(out, w, w_type, k);
+        if (type == FT_F16) return widen_to<F16<V>>(out, w, w_type, k);
+        widen_to<F32<V>>(out, w, w_type, k);
+    }
+
+    static constexpr ft::Rows table = {finish, softmax,    rescale, scaled,  moments,
+                                       affine, layer_norm, unary,   to_int8, widen};
 };
 
 } // namespace

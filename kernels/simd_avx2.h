@@ -52,6 +52,23 @@ struct V {
         const F x = words(p);
         return {_mm256_and_ps(x.lo, mask), _mm256_and_ps(x.hi, mask)};
     }
+    // The bits of each word that are left by both shifts, as a number with a sign.
+    template <int LEFT, int RIGHT> static F field(const char *p) {
+        const F x = words(p);
+        return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bits(x.lo), LEFT), RIGHT)),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bits(x.hi), LEFT), RIGHT))};
+    }
+    static void store_int8(char *p, F x) { // whole numbers
+        const __m256i wide = _mm256_permute4x64_epi64(
+            _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
+        _mm_storeu_si128(
+            reinterpret_cast<__m128i *>(p),
+            _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    }
+    static void store_pairs(char *p, F first, F second) { // bf16 of both, side by side
+        store(reinterpret_cast<float *>(p),
+              {pair_bf16(first.lo, second.lo), pair_bf16(first.hi, second.hi)});
+    }
     static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
     static F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
     static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -108,6 +125,9 @@ struct V {
         const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
         const __m256i nan = bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
         return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+    }
+    static __m256 pair_bf16(__m256 low, __m256 high) {
+        return bits(_mm256_or_si256(narrow_bf16(low), _mm256_slli_epi32(narrow_bf16(high), 16)));
     }
     static __m256 power(__m256 n) { // by its exponent
         const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -54,6 +54,19 @@ struct V {
         return _mm512_castsi512_ps(
             _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
     }
+    // The bits of each word that are left by both shifts, as a number with a sign.
+    template <int LEFT, int RIGHT> static F field(const char *p) {
+        return _mm512_cvtepi32_ps(
+            _mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), LEFT), RIGHT));
+    }
+    static void store_int8(char *p, F x) { // whole numbers
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p),
+                         _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    }
+    static void store_pairs(char *p, F first, F second) { // bf16 of both, side by side
+        const __m512i high = _mm512_and_si512(nearest_bf16(second), _mm512_set1_epi32(-65536));
+        _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(nearest_bf16(first), 16), high));
+    }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -72,6 +85,13 @@ struct V {
     static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); } // a * 2^floor(n)
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
     static float top(F a) { return _mm512_reduce_max_ps(a); }
+
+  private:
+    static __m512i nearest_bf16(F x) { // in the upper half of a word; not of NaN
+        const __m512i u = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    }
 };
 
 } // namespace avx512

@@ -55,6 +55,32 @@ struct V {
         return map([](float32x4_t x) { return bits(vandq_u32(bits(x), vdupq_n_u32(0xffff0000))); },
                    words(p));
     }
+    // The bits of each word that are left by both shifts, as a number with a sign.
+    template <int LEFT, int RIGHT> static F field(const char *p) {
+        return map(
+            [](float32x4_t x) {
+                const int32x4_t up = vshlq_n_s32(vreinterpretq_s32_f32(x), LEFT);
+                return vcvtq_f32_s32(vshrq_n_s32(up, RIGHT));
+            },
+            words(p));
+    }
+    static void store_int8(char *p, F x) { // whole numbers
+        const auto half = [](float32x4_t lo, float32x4_t hi) {
+            return vqmovn_s16(
+                vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(lo)), vqmovn_s32(vcvtnq_s32_f32(hi))));
+        };
+        vst1q_s8(reinterpret_cast<int8_t *>(p), vcombine_s8(half(x.a, x.b), half(x.c, x.d)));
+    }
+    static void store_pairs(char *p, F first, F second) { // bf16 of both, side by side
+        const auto put = [](char *to, float32x4_t a, float32x4_t b) {
+            const uint16x4x2_t both = vzip_u16(narrow_bf16(a), narrow_bf16(b));
+            vst1q_u16(reinterpret_cast<uint16_t *>(to), vcombine_u16(both.val[0], both.val[1]));
+        };
+        put(p, first.a, second.a);
+        put(p + 16, first.b, second.b);
+        put(p + 32, first.c, second.c);
+        put(p + 48, first.d, second.d);
+    }
     static F add(F x, F y) { return map(vaddq, x, y); }
     static F sub(F x, F y) { return map(vsubq, x, y); }
     static F mul(F x, F y) { return map(vmulq, x, y); }

@@ -29,13 +29,13 @@ struct DotBf16 {
 };
 
 double burn(uint32_t type, int64_t rounds) {
-    if (type != FT_BF16) return ft::avx512_tiles.burn(type, rounds);
+    if (type != FT_BF16) return ft::avx512_vnni_tiles.burn(type, rounds);
     return burn_macs<V, DotBf16, 2>(rounds);
 }
 } // namespace
 
-const ft::Tiles ft::avx512_bf16_tiles = {{{}, {{}, Shapes<V, DotBf16, 6, 4>::kernel, {}}, {}},
-                                         burn};
+const ft::Tiles ft::avx512_bf16_tiles = {
+    {{}, {{}, Shapes<V, DotBf16, 6, 4>::kernel, {}}, {}}, {}, burn};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -39,11 +39,12 @@ struct DotBf16 {
 };
 
 double burn(uint32_t type, int64_t rounds) {
-    if (type != FT_BF16) return ft::neon_tiles.burn(type, rounds);
+    if (type != FT_BF16) return ft::neon_dot_tiles.burn(type, rounds);
     return burn_macs<V, DotBf16, 2>(rounds);
 }
 } // namespace
 
-const ft::Tiles ft::neon_bf16_tiles = {{{}, {{}, Shapes<V, DotBf16, 6, 1>::kernel, {}}, {}}, burn};
+const ft::Tiles ft::neon_bf16_tiles = {
+    {{}, {{}, Shapes<V, DotBf16, 6, 1>::kernel, {}}, {}}, {}, burn};
 #endif
 #endif

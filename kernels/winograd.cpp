@@ -22,6 +22,7 @@ struct Plan {
     int64_t across, down;      // tiles
     int64_t band_rows, bands;  // of tiles
     int64_t blocks, panels;
+    bool few_bits; // weights become of the activations' type before they are transformed
 
     int64_t tile() const { return channels * element; }
     int64_t position() const { return GROUP * tile() + SKEW; } // of pixels, in bytes
@@ -30,8 +31,10 @@ struct Plan {
     int64_t block() const { return channels * LANES * element; }
     int64_t weight_position() const { return MAX_BLOCKS * block() + SKEW; }
     int64_t weight_bytes() const { return POSITIONS * weight_position(); }
+    int64_t widened() const { return few_bits ? 9 * block() : 0; } // nine taps of a block
     int64_t thread() const {
-        return weight_bytes() + (POSITIONS * SUM_POSITION + 4 * TILE) * int64_t(sizeof(float));
+        return weight_bytes() + widened() +
+               (POSITIONS * SUM_POSITION + 4 * TILE) * int64_t(sizeof(float));
     }
 };
 
@@ -47,6 +50,7 @@ Plan make_plan(const ft_op &op) {
     plan.band_rows = (plan.down + plan.bands - 1) / plan.bands; // as even as they go
     plan.blocks = padded(op.out.c) / LANES;
     plan.panels = (plan.blocks + MAX_BLOCKS - 1) / MAX_BLOCKS;
+    plan.few_bits = widens(op);
     return plan;
 }
 
@@ -61,7 +65,7 @@ struct Run {
         return pixels() + plan.pixel_bytes() + thread * plan.thread();
     }
     float *sums(int thread) const {
-        return reinterpret_cast<float *>(weights(thread) + plan.weight_bytes());
+        return reinterpret_cast<float *>(weights(thread) + plan.weight_bytes() + plan.widened());
     }
 
     void transform_pixels(int64_t band_row, int64_t y) const { // a row of tiles
@@ -80,12 +84,19 @@ struct Run {
     }
 
     void transform_weights(int64_t panel, char *u) const {
-        const int64_t tap = plan.channels * LANES * type_bytes(op.weight_type);
-        const char *w = context.weights + op.weight + panel * MAX_BLOCKS * 9 * tap;
-        for (int b = 0; b < blocks_of(panel); b++)
+        const int64_t packed = packed_bytes(op.weight_type, plan.channels);
+        const uint32_t type = plan.few_bits ? op.a.type : op.weight_type;
+        const int64_t tap = plan.few_bits ? plan.block() : packed;
+        const char *w = context.weights + op.weight + panel * MAX_BLOCKS * 9 * packed;
+        char *const room = u + plan.weight_bytes();
+        for (int b = 0; b < blocks_of(panel); b++, w += 9 * packed) {
+            for (int i = 0; i < 9 && plan.few_bits; i++)
+                context.kernels->widen(room + i * tap, type, w + i * packed, op.weight_type,
+                                       plan.channels);
             context.kernels->winograd.weights(u + b * plan.block(), plan.weight_position(),
-                                              op.a.type, w + b * 9 * tap, tap, op.weight_type,
+                                              op.a.type, plan.few_bits ? room : w, tap, type,
                                               plan.channels * LANES);
+        }
     }
 
     // Sums at one position of the first `count` tiles from `v`.
@@ -124,7 +135,7 @@ struct Run {
                 const int64_t x = 2 * ((start + t) % plan.across);
                 context.kernels->winograd.output(out, m + t * TILE, SUM_POSITION, blocks * LANES);
                 const int64_t ys[] = {y, y, y + 1, y + 1}, xs[] = {x, x + 1, x, x + 1};
-                finish_pixels(op, context, out, panel * MAX_BLOCKS, blocks, 4, ys, xs);
+                finish_pixels(op, context, out, 0, panel * MAX_BLOCKS, blocks, 4, ys, xs);
             }
         }
     }
@@ -151,10 +162,11 @@ struct Run {
 bool winograd_fits(const ft_op &op, const Kernels &kernels) {
     // A matrix unit multiplies so fast that the transforms would take longer than what they save.
     if (kernels.tile[op.a.type][op.a.type].k_step > 2) return false;
-    const bool types = (op.a.type == FT_BF16 && op.weight_type == FT_BF16) ||
-                       (op.a.type == FT_F32 && op.weight_type != FT_BF16);
-    return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&
-           !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
+    const uint32_t weights = widens(op) ? op.a.type : op.weight_type;
+    const bool types =
+        (op.a.type == FT_BF16 && weights == FT_BF16) || (op.a.type == FT_F32 && weights != FT_BF16);
+    return op.winograd && !op.narrow && types && op.side == 3 && op.stride == 1 && !op.upsample &&
+           !op.geglu && !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
            (op.winograd == 2 || int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES) &&
            op.a.c >= LEAST_CHANNELS && op.out.c >= LEAST_CHANNELS;
 }

@@ -41,7 +41,7 @@ TOKENIZER = 10
 PIXEL, BEFORE = {"vae_decoder": 20, "vae_encoder": 20}, {"vae_encoder": 52}
 LATENT = 12  # arrays of latents that a sampler holds
 # Rough speeds, as parts of what the multiply-accumulate loop reaches (results/native_ops.md).
-LINEAR, WINOGRAD, DOUBLED, ATTENTION = 0.85, 1.7, 2.05, 0.6
+LINEAR, WINOGRAD, DOUBLED, ATTENTION, NARROW = 0.85, 1.7, 2.05, 0.6, 1.6
 FLOPS = 4e11  # where nobody measured
 ONNX = 2e11  # FLOP/s of onnxruntime in fp32 (results/native.md)
 BYTES = 8e9  # per second, of ops that only move data
@@ -464,6 +464,9 @@ def _work(node: Node, places: Mapping[str, Weight], isa: str | None) -> tuple[fl
         return 0.0, 2.0 * node.out.h * node.out.w * node.out.c * node.out.storage.type.bytes
     if node.kind is Kind.ATTENTION:
         return flops / ATTENTION, 0.0
+    doubled = DOUBLED / LINEAR if node.settings.get("upsample") else 1.0
+    if node.weight and places[node.weight.name].narrow:
+        return flops / (NARROW * doubled), 0.0
     if node.settings.get("upsample"):
         return flops / DOUBLED, 0.0
     fewer = node.settings.get("winograd") and kernels.uses_winograd(node.lower(places), isa)

@@ -15,6 +15,10 @@ from ..errors import FerrotypeError
 from ..kernels import LANES, Act, Kind, Op, Tensor, Type
 
 TYPES = {"fp32": Type.F32, "bf16": Type.BF16, "fp16": Type.F16}  # as manifests name them
+FEW_BITS = {"int8": Type.I8, "int4": Type.I4}  # of matrices alone
+STORED = {**TYPES, **FEW_BITS}
+INT8 = "int8"  # activations that are rounded to it where they meet weights of int8
+GROUP = 32  # inputs of int4 that share a scale
 LINE = 64  # bytes: alignment of every tensor
 SLICE = 32  # channels: a slice of a 16-bit tensor starts at a multiple of LINE
 
@@ -30,6 +34,16 @@ def padded(channels: int) -> int:
 
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def activation_type(name: str) -> Type | None:
+    """What tensors between layers are stored in; None for a name that is not known."""
+    return Type.BF16 if name == INT8 else TYPES.get(name)
+
+
+def int4_bytes(inputs: int) -> int:
+    """Of a tap of a block of outputs: fp16 scales by group, and two values in a byte."""
+    return -(-inputs // GROUP) * 2 * LANES + inputs * LANES // 2
 
 
 def check_fields(where: str, config: Mapping[str, Any], allowed: Mapping[str, Sequence]) -> None:
@@ -67,7 +81,10 @@ class Packed:
         return self.form in ("matmul", "upsample", "geglu")
 
     def shape(self, weights: Type) -> tuple[int, ...]:
-        """In the file; the inputs of bfloat16 matrices are in pairs."""
+        """In the file; the inputs of bfloat16 matrices are in pairs, of int8 in fours.
+
+        Of int4 the last axis is bytes: of every group of inputs, scales and then values.
+        """
         inputs = sum(map(padded, self.inputs))
         if self.form == "table":
             return (self.outputs, inputs)
@@ -76,10 +93,31 @@ class Packed:
         outputs = 2 * padded(self.outputs // 2) if gated else padded(self.outputs)
         if not self.is_matrix:
             return (outputs,)
-        pairs = (inputs // 2, LANES, 2) if weights == Type.BF16 else (inputs, LANES)
+        together = {Type.BF16: 2, Type.I8: 4}.get(weights)
+        tap: tuple[int, ...] = (inputs, LANES)
+        if together:
+            tap = (inputs // together, LANES, together)
+        elif weights == Type.I4:
+            tap = (sum(int4_bytes(padded(count)) for count in self.inputs),)
         if self.form == "upsample":
-            return (4, outputs // LANES, 4, *pairs)
-        return (outputs // LANES, self.side**2, *pairs)
+            return (4, outputs // LANES, 4, *tap)
+        return (outputs // LANES, self.side**2, *tap)
+
+    def scales(self, weights: Type) -> tuple[int, ...]:
+        """The shape of int8's scales, which follow the matrix at a multiple of LINE; else ()."""
+        if weights != Type.I8 or not self.is_matrix:
+            return ()
+        shape = self.shape(weights)
+        return (*shape[: 2 if self.form == "upsample" else 1], LANES)
+
+    def bytes(self, weights: Type) -> tuple[int, int]:
+        """Of the tensor in the file where matrices are `weights`; and where its scales start."""
+        kind = self.type(weights)
+        matrix = math.prod(self.shape(weights)) * (1 if kind == Type.I4 else kind.bytes)
+        if not self.scales(weights):
+            return matrix, matrix
+        start = round_up(matrix, LINE)
+        return start + 4 * math.prod(self.scales(weights)), start
 
     def type(self, weights: Type) -> Type:
         """Of its elements, where matrices are `weights`."""
@@ -88,11 +126,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a packed tensor is in a weights file."""
+    """Where a packed tensor is in a weights file, with the scales of int8 behind it.
+
+    `narrow`: what it is multiplied with is rounded to int8 as well.
+    """
 
     type: Type
     offset: int
     bytes: int
+    scales: int | None = None
+    narrow: bool = False
 
 
 # --- activations --------------------------------------------------------------------------------
@@ -218,7 +261,9 @@ class Node:
                 setattr(op, name, tensor)
         if self.weight:
             place = weights[self.weight.name]
-            op.weight, op.weight_type = place.offset, place.type
+            op.weight, op.weight_type, op.narrow = place.offset, place.type, place.narrow
+            if place.scales is not None:
+                op.scales = place.scales
         if self.bias:
             op.bias = weights[self.bias.name].offset
         for name, number in self.settings.items():

@@ -22,6 +22,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,14 @@ PAIRS = {  # of activations and weights that every instruction set multiplies
     "f32-f16": (Type.F32, Type.F16),
     "bf16": (Type.BF16, Type.BF16),
     "f16": (Type.F16, Type.F16),
+    **{
+        f"{name}-{few.name.lower()}": (Type[name.upper()], few)
+        for name in ("f32", "bf16", "f16")
+        for few in (Type.I8, Type.I4)
+    },
+}
+NARROW = {  # the same with activations that become int8
+    f"{kind.name.lower()}-narrow": (kind, Type.I8, True) for kind in (Type.F32, Type.BF16, Type.F16)
 }
 FLOATS = {"f32": Type.F32, "bf16": Type.BF16, "f16": Type.F16}
 ABOVE, BELOW = 1, 2  # ft_op.band
@@ -59,6 +68,7 @@ def encode(values: np.ndarray, kind: Type) -> np.ndarray:
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
     names = {Type.F32: np.float32, Type.F16: np.float16, Type.I32: np.int32, Type.U8: np.uint8}
+    names[Type.I8] = np.int8
     return np.ascontiguousarray(values).astype(names[kind])
 
 
@@ -86,13 +96,35 @@ def garbage(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def pack(weight: np.ndarray, sources: tuple[int, ...], kind: Type, geglu: bool = False) -> bytes:
     """(outputs, taps, inputs) of one or two sources to blocks of 16 outputs."""
-    halves = np.split(weight, 2) if geglu else [weight]
-    halves = [_blocks(half, sources) for half in halves]  # each (blocks, taps, k, 16)
-    blocks = np.stack(halves, 1).reshape(-1, *halves[0].shape[1:])
-    if kind == Type.BF16:
-        n, taps, k, lanes = blocks.shape
-        blocks = blocks.reshape(n, taps, k // 2, 2, lanes).swapaxes(3, 4)
+    blocks = all_blocks(weight, sources, geglu)
+    side_by_side = {Type.BF16: 2, Type.I8: 4}.get(kind, 1)
+    n, taps, k, lanes = blocks.shape
+    blocks = blocks.reshape(n, taps, k // side_by_side, side_by_side, lanes).swapaxes(3, 4)
     return encode(blocks, kind).tobytes()
+
+
+def all_blocks(weight: np.ndarray, sources: tuple[int, ...], geglu: bool) -> np.ndarray:
+    """(blocks, taps, k, 16); of geglu, blocks of values and gates alternate."""
+    halves = [_blocks(half, sources) for half in np.split(weight, 1 + geglu)]
+    return np.stack(halves, 1).reshape(-1, *halves[0].shape[1:])
+
+
+def pack_int4(
+    q: np.ndarray, scale: np.ndarray, sources: tuple[int, ...], geglu: bool = False
+) -> bytes:
+    """(outputs, taps, inputs) of -8..7, and of what each is multiplied by, alike in a group."""
+    starts = np.cumsum([0, *sources])
+    parts = []
+    for a, b in pairwise(starts):  # groups begin anew with a source
+        values, scales = (all_blocks(x[:, :, a:b], (b - a,), geglu) for x in (q, scale))
+        for first in range(0, values.shape[2], 32):
+            group = values[:, :, first : first + 32].astype(np.int64) & 15
+            n, taps, k, lanes = group.shape
+            nibbles = group.reshape(n, taps, k // 8, 8, lanes).swapaxes(3, 4)
+            packed = (nibbles[..., ::2] | nibbles[..., 1::2] << 4).astype(np.uint8)
+            own = np.ascontiguousarray(scales[:, :, first], np.float16).view(np.uint8)
+            parts += [own, packed.reshape(n, taps, -1)]
+    return np.concatenate(parts, 2).tobytes()
 
 
 def _blocks(weight: np.ndarray, sources: tuple[int, ...]) -> np.ndarray:
@@ -104,13 +136,17 @@ def _blocks(weight: np.ndarray, sources: tuple[int, ...]) -> np.ndarray:
     return joined.reshape(-1, LANES, taps, joined.shape[2]).transpose(0, 2, 3, 1)
 
 
-def pack_upsample(weight: np.ndarray, kind: Type) -> bytes:
+def pack_upsample(weight: np.ndarray, kind: Type, scale: np.ndarray | None = None) -> bytes:
     """(outputs, 3, 3, inputs) to the four 2x2 convolutions of the image before its doubling."""
     near = {0: ([0], [1, 2]), 1: ([0, 1], [2])}  # rows of the kernel that fall onto one source row
     parts = []
     for py, px in ((0, 0), (0, 1), (1, 0), (1, 1)):
         taps = [weight[:, r][:, :, c].sum((1, 2)) for r in near[py] for c in near[px]]
-        parts.append(pack(np.stack(taps, 1), (weight.shape[3],), kind))
+        whole, sources = np.stack(taps, 1), (weight.shape[3],)
+        if scale is None:
+            parts.append(pack(whole, sources, kind))
+        else:
+            parts.append(pack_int4(whole, np.broadcast_to(scale, whole.shape), sources))
     return b"".join(parts)
 
 
@@ -339,6 +375,7 @@ class Build:
         bound: np.ndarray,
         weight: bytes | None = None,
         bias: bytes | None = None,
+        scales: bytes | None = None,
         **fields: Any,
     ) -> Case:
         """Lay out; `fields` are those of the op, tensors as they were placed."""
@@ -347,8 +384,9 @@ class Build:
         for key, value in fields.items():
             setattr(op, key, value.tensor if isinstance(value, Placed) else value)
         weights = bytearray(garbage(self.rng, 64).tobytes())
-        for key in self.rng.permutation(["weight", "bias"]).tolist():
-            data = weight if key == "weight" else bias
+        given = {"weight": weight, "bias": bias, "scales": scales}
+        for key in self.rng.permutation(list(given)).tolist():
+            data = given[key]
             if data is not None:
                 weights += garbage(self.rng, -len(weights) % 64 + 64).tobytes()
                 setattr(op, key, len(weights))
@@ -481,6 +519,14 @@ def winograd_error(x: np.ndarray, kernel: np.ndarray, kind: Type) -> np.ndarray:
     return own + sum_error(x.shape[2], total) + 12 * U * total
 
 
+def int8_pixels(x: np.ndarray) -> np.ndarray:
+    """(h, w, c) rounded to the nearest 127th of the largest of each pixel, a quotient in fp32."""
+    largest = np.abs(x).max(2, keepdims=True).astype(np.float32)
+    largest[largest < 1e-30] = np.inf  # zeros
+    whole = np.rint(x * (np.float32(127) / largest).astype(np.float64))
+    return whole * np.where(np.isinf(largest), 0, largest / np.float32(127)).astype(np.float64)
+
+
 def doubled(x: np.ndarray) -> np.ndarray:
     return x.repeat(2, 0).repeat(2, 1)
 
@@ -541,23 +587,20 @@ class MatMul:
         parts += [f"band{self.band}"] if self.band else []
         return "-".join(parts)
 
-    def case(self, name: str, seed: int, types: tuple[Type, Type]) -> Case:
+    def case(self, name: str, seed: int, types: tuple) -> Case:
         """The sums are of k = taps x inputs products; see the top for the rest.
 
-        Weights are small whole numbers times a power of two, so that the sums of up to four that
-        upsampling packs are exact in every type.
+        `types`: of activations, of weights, and whether activations become int8.
         """
         build = Build(np.random.default_rng(seed))
-        kind, weight_kind = types
+        kind, weight_kind, *narrow = types
         out_kind = kind if self.out is None else self.out
         size = (self.size[0] - self.crop, self.size[1])
-        k = self.side**2 * sum(self.c)
         a = [
             build.tensor(build.normal(self.h, self.w, c), kind, self.border[0], self.wide)
             for c in self.c
         ]
-        whole = build.rng.integers(-63, 64, (self.n * (1 + self.geglu), self.side**2, sum(self.c)))
-        weight = whole * 2.0 ** -round(math.log2(36 * math.sqrt(k)))
+        weight, packed, scales = self.weights(build.rng, kind, weight_kind)
         bias = build.normal(weight.shape[0], scale=0.3) if self.bias else None
         extra: dict[str, Any] = {}
         if self.residual:
@@ -570,11 +613,8 @@ class MatMul:
         else:
             zeros = np.zeros((*size, self.n))
             out = build.tensor(zeros, out_kind, self.border[1], self.wide, out=True)
-        y, error = self.reference(kind, [t.values for t in a], weight, bias, extra, size)
-        if self.upsample:
-            packed = pack_upsample(weight.reshape(self.n, 3, 3, -1), weight_kind)
-        else:
-            packed = pack(weight, self.c, weight_kind, self.geglu)
+        sources = [int8_pixels(t.values) if narrow else t.values for t in a]
+        y, error = self.reference(kind, sources, weight, bias, extra, size, not narrow)
         extra |= {"b": a[1]} if len(a) == 2 else {}
         return build.finish(
             name,
@@ -583,6 +623,8 @@ class MatMul:
             stored(y, error, out_kind),
             packed,
             None if bias is None else vector(bias, self.geglu),
+            scales,
+            narrow=len(narrow),
             kind=Kind.MATMUL,
             act=self.act,
             out=out,
@@ -599,6 +641,52 @@ class MatMul:
             **extra,
         )
 
+    def weights(
+        self, rng: np.random.Generator, kind: Type, weight_kind: Type
+    ) -> tuple[np.ndarray, bytes, bytes | None]:
+        """(outputs, taps, inputs) as they are multiplied, packed, and the scales of int8.
+
+        Whole numbers times a power of two, where upsampling packs the sums of up to four, so that
+        these are exact in every type.
+        """
+        shape = (self.n * (1 + self.geglu), self.side**2, sum(self.c))
+        size = 1 / math.sqrt(shape[1] * shape[2])
+        most = {Type.I8: 31 if self.upsample else 127, Type.I4: 1 if self.upsample else 7}
+        high = most.get(weight_kind, 63)
+        low = -2 if self.upsample else -8
+        q = rng.integers(low if weight_kind == Type.I4 else -high, high + 1, shape)
+        near = 2.0 ** round(math.log2(1.7 * size / high))
+        cube = q.reshape(self.n, 3, 3, -1) if self.upsample else q
+        if weight_kind == Type.I8:
+            scale = rounded(near * rng.uniform(0.5, 1.5, shape[0]), Type.F32)
+            pack_it = pack_upsample(cube, Type.I8) if self.upsample else None
+            scales = vector(scale, self.geglu) * (4 if self.upsample else 1)
+            return (
+                q * scale[:, None, None],
+                pack_it or pack(q, self.c, Type.I8, self.geglu),
+                scales,
+            )
+        if weight_kind == Type.I4:
+            if self.upsample:
+                return q * near, pack_upsample(cube, Type.I4, np.float64(near)), None
+            scale = self.group_scales(rng, near, shape)
+            packed = pack_int4(q, scale, self.c, self.geglu)
+            return rounded(q * scale, kind), packed, None
+        weight = q * near
+        if self.upsample:
+            return weight, pack_upsample(cube * near, weight_kind), None
+        return weight, pack(weight, self.c, weight_kind, self.geglu), None
+
+    def group_scales(
+        self, rng: np.random.Generator, near: float, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Of int4: for every 32 inputs of a source, tap and output."""
+        parts = []
+        for c in self.c:
+            groups = near * rng.uniform(0.5, 1.5, (*shape[:2], -(-c // 32)))
+            parts.append(rounded(groups, Type.F16).repeat(32, 2)[:, :, :c])
+        return np.concatenate(parts, 2)
+
     def reference(
         self,
         kind: Type,
@@ -607,6 +695,7 @@ class MatMul:
         bias: np.ndarray | None,
         extra: dict[str, Placed],
         size: tuple[int, int],
+        may_winograd: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
         x = np.concatenate(sources, 2)
         x = doubled(x) if self.upsample else x
@@ -620,7 +709,7 @@ class MatMul:
         total += np.abs(residual) if self.late else 0
         y = y + residual if self.late else y
         error = sum_error(weight[0].size, total)
-        if self.winograd and not any(s % 2 for s in size):
+        if self.winograd and may_winograd and not any(s % 2 for s in size):
             error = error + winograd_error(x, kernel, kind)
         if self.geglu:  # a product: errors of each factor times the other
             (value, gate), (e_value, e_gate) = np.split(y, 2, 2), np.split(error, 2, 2)
@@ -1469,8 +1558,10 @@ Recipe = Callable[[int], Case]
 
 
 def _table() -> Iterator[tuple[str, Kind, Any, Any]]:
-    for spec in (*linears(), *convolutions(), *winograds()):
-        for name, types in PAIRS.items():
+    for i, spec in enumerate((*linears(), *convolutions(), *winograds())):
+        for j, (name, types) in enumerate({**PAIRS, **NARROW}.items()):
+            if types[1] in (Type.I8, Type.I4) and (i + j) % 3:
+                continue  # a third of the shapes each
             yield f"matmul-{name}-{spec.label()}", Kind.MATMUL, spec, types
     families = (
         (group_norms(), Kind.GROUP_NORM),

@@ -110,12 +110,13 @@ int list_isas() {
 int list_features() {
     ft::Registers r;
     unsigned long long xcr0;
-    while (scanf("%x %x %x %x %x %x %llx", &r.max_leaf, &r.leaf1_ecx, &r.leaf7_eax, &r.leaf7_ebx,
-                 &r.leaf7_edx, &r.leaf7_1_eax, &xcr0) == 7) {
+    while (scanf("%x %x %x %x %x %x %x %llx", &r.max_leaf, &r.leaf1_ecx, &r.leaf7_eax, &r.leaf7_ebx,
+                 &r.leaf7_ecx, &r.leaf7_edx, &r.leaf7_1_eax, &xcr0) == 8) {
         r.xcr0 = xcr0;
         const ft::Cpu cpu = ft::from_registers(r);
-        printf("%s%s%s%s\n", cpu.avx2 ? "avx2 " : "", cpu.avx512 ? "avx512 " : "",
-               cpu.avx512_bf16 ? "avx512_bf16 " : "", cpu.amx_bf16 ? "amx_bf16 " : "");
+        printf("%s%s%s%s%s\n", cpu.avx2 ? "avx2 " : "", cpu.avx512 ? "avx512 " : "",
+               cpu.avx512_vnni ? "avx512_vnni " : "", cpu.avx512_bf16 ? "avx512_bf16 " : "",
+               cpu.amx ? "amx " : "");
     }
     return 0;
 }

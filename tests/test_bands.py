@@ -152,7 +152,7 @@ def convolutions() -> Iterator[table.MatMul]:
 @pytest.mark.parametrize("spec", [*convolutions()], ids=table.MatMul.label)
 def test_a_convolution_over_bands_gives_the_bytes_of_the_whole(spec, isa):
     need(isa)
-    for types in table.PAIRS.values():
+    for types in {**table.PAIRS, **table.NARROW}.values():
         same_in_bands(made(spec, types), isa)
 
 

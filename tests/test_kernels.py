@@ -28,6 +28,7 @@ HERE = kernels.isas(supported=False) if kernels.available() else []  # fastest f
 ELSEWHERE = [
     *(("sanitized", None, isa) for isa in HERE),
     ("arm64", "max", "neon-bf16"),
+    ("arm64", "max", "neon-dot"),
     ("arm64", "cortex-a72", "neon"),
     ("arm64", "cortex-a72", "scalar"),
 ]
@@ -103,6 +104,56 @@ def test_instruction_sets_agree_with_each_other(kind):
             assert near.all(), f"{case}: {isa}, not {first}"
 
     none_wrong(kind, verdict)
+
+
+def test_int8_products_are_the_same_on_every_instruction_set():
+    """Sums of integers are exact, and taps are added in one order; then comes the epilogue."""
+    plain = [
+        case for case in cases(Kind.MATMUL) if case.op.narrow and not (case.op.act or case.op.geglu)
+    ]
+    assert len(plain) > 100
+    for case in plain:
+        expected = run(case, "scalar")
+        for isa in kernels.isas():
+            assert np.array_equal(run(case, isa), expected), f"{case}: {isa}"
+
+
+@pytest.mark.parametrize("kind", [Type.I8, Type.I4])
+def test_weights_in_few_bits_are_the_same_on_every_instruction_set(kind):
+    """Of one input that is 1, the sum is the weight itself."""
+    for c in (1, 16, 17, 33, 100):
+        for k in range(c):
+            spec = table.MatMul(1, 1, (c,), 70, bias=False, out=Type.F32)
+            case = spec.case(f"{c} {k}", SEED, (Type.F32, kind))
+            a = case.op.a
+            case.arena[a.offset : a.offset + 4 * c].view(np.float32)[:] = np.arange(c) == k
+            expected = run(case, "scalar")
+            for isa in kernels.isas():
+                assert np.array_equal(run(case, isa), expected), f"{case}: {isa}"
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.F16])
+def test_a_pixel_that_is_not_finite_spoils_its_own_results_alone(kind, isa):
+    need(isa)
+    for c in (3, 16, 40):
+        spec = table.MatMul(1, 9, (c,), 32, bias=False, out=Type.F32)
+        case = spec.case(str(c), SEED, (kind, Type.I8, True))
+        a = case.op.a
+        size = kind.bytes
+        for pixel, value in ((1, np.nan), (3, np.inf), (5, -np.inf), (7, 1e-38 * (size > 2))):
+            at = a.offset + (pixel * a.pixel + c - 1) * size
+            row = a.offset + pixel * a.pixel * size
+            case.arena[row : row + c * size] = 0
+            bits = np.frombuffer(table.encode(np.array([value]), kind).tobytes(), np.uint8)
+            case.arena[at : at + size] = bits
+        found = case.result(run(case, isa))[0]
+        for pixel in (1, 3, 5):
+            assert np.isnan(found[pixel]).all()
+        assert not found[7].any(), "too small for a scale"
+        for pixel in (0, 2, 4, 6, 8):
+            near = np.abs(found[pixel] - case.expected[0, pixel])
+            assert (near <= case.bound[0, pixel]).all()
 
 
 @every_kind
@@ -223,7 +274,7 @@ def test_an_op_agrees_with_float64_in_other_builds(kind, build, cpu, isa, runner
 def test_an_arm_processor_without_bf16_gets_what_it_has(runner):
     arm = runner("arm64")
     lines = arm("isas", cpu="cortex-a72").splitlines()[1:]
-    assert lines == ["neon-bf16 0", "neon 1", "scalar 1"]
+    assert lines == ["neon-bf16 0", "neon-dot 0", "neon 1", "scalar 1"]
 
 
 # --- the table is complete ----------------------------------------------------------------------
@@ -232,7 +283,10 @@ def test_an_arm_processor_without_bf16_gets_what_it_has(runner):
 def test_every_kind_and_option_of_an_op_is_in_the_table():
     assert all(table.NAMES[kind] for kind in Kind)
     ops = [case.op for kind in (Kind.MATMUL, Kind.ATTENTION) for case in cases(kind)]
-    for flag in ("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "causal"):
+    for flag in (
+        *("side", "stride", "pad", "upsample", "geglu", "late", "winograd", "narrow"),
+        "causal",
+    ):
         assert {int(getattr(op, flag)) for op in ops} >= {0, 1}, flag
     assert {op.winograd for op in ops} == {0, 1, 2}
     for kind in (Kind.MATMUL, Kind.AFFINE, Kind.UNARY, Kind.ADD, Kind.LOAD):
@@ -246,7 +300,7 @@ def test_every_pair_of_types_that_a_set_multiplies_is_in_the_table():
     listed = set(table.PAIRS.values())
     for isa in kernels.isas():
         for a in (Type.F32, Type.BF16, Type.F16):
-            for weight in (Type.F32, Type.BF16, Type.F16):
+            for weight in (Type.F32, Type.BF16, Type.F16, Type.I8, Type.I4):
                 op = table.MatMul(1, 3, (16,), 16).case("", 0, (a, weight)).op
                 try:
                     kernels.scratch(op, 1, isa)
@@ -274,36 +328,40 @@ def test_an_installation_compiles_every_source():
 
 FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2, AVX512, ANY_512 = 1 << 5, 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31, 1 << 16
-AMX, AVX512_BF16 = 1 << 22 | 1 << 24, 1 << 5
+VNNI, AMX, AVX512_BF16 = 1 << 11, 1 << 22 | 1 << 24 | 1 << 25, 1 << 5
 LEAF1 = FMA | OSXSAVE | AVX | F16C
 YMM, ZMM, TILES = 0x7, 0xE7, 0x602E7
-SAPPHIRE_RAPIDS = (0x20, LEAF1, 2, AVX2 | AVX512, AMX, AVX512_BF16, TILES)
+SAPPHIRE_RAPIDS = (0x20, LEAF1, 2, AVX2 | AVX512, VNNI, AMX, AVX512_BF16, TILES)
+SERVER = (0x16, LEAF1, 0, AVX2 | AVX512)
+UP_TO_BF16 = "avx2 avx512 avx512_vnni avx512_bf16"
 MACHINES = {
-    "a Pentium 4": ((5, 0, 0, 0, 0, 0, 0), ""),
-    "Sandy Bridge: AVX without AVX2": ((0xD, OSXSAVE | AVX, 0, 0, 0, 0, YMM), ""),
-    "Haswell": ((0xD, LEAF1, 0, AVX2, 0, 0, YMM), "avx2"),
-    "an OS that saves no AVX registers": ((0xD, LEAF1, 0, AVX2, 0, 0, 0x3), ""),
-    "an OS without XSAVE": ((0xD, LEAF1 & ~OSXSAVE, 0, AVX2, 0, 0, YMM), ""),
-    "AVX2 without F16C": ((0xD, LEAF1 & ~F16C, 0, AVX2, 0, 0, YMM), ""),
-    "AVX2 without FMA": ((0xD, LEAF1 & ~FMA, 0, AVX2, 0, 0, YMM), ""),
-    "Knights Landing: AVX512 without BW": ((0xD, LEAF1, 0, AVX2 | ANY_512, 0, 0, ZMM), "avx2"),
-    "Skylake server": ((0x16, LEAF1, 0, AVX2 | AVX512, 0, 0, ZMM), "avx2 avx512"),
-    "an OS without AVX512": ((0x16, LEAF1, 0, AVX2 | AVX512, 0, 0, YMM), "avx2"),
+    "a Pentium 4": ((5, 0, 0, 0, 0, 0, 0, 0), ""),
+    "Sandy Bridge: AVX without AVX2": ((0xD, OSXSAVE | AVX, 0, 0, 0, 0, 0, YMM), ""),
+    "Haswell": ((0xD, LEAF1, 0, AVX2, 0, 0, 0, YMM), "avx2"),
+    "an OS that saves no AVX registers": ((0xD, LEAF1, 0, AVX2, 0, 0, 0, 0x3), ""),
+    "an OS without XSAVE": ((0xD, LEAF1 & ~OSXSAVE, 0, AVX2, 0, 0, 0, YMM), ""),
+    "AVX2 without F16C": ((0xD, LEAF1 & ~F16C, 0, AVX2, 0, 0, 0, YMM), ""),
+    "AVX2 without FMA": ((0xD, LEAF1 & ~FMA, 0, AVX2, 0, 0, 0, YMM), ""),
+    "Knights Landing: AVX512 without BW": ((0xD, LEAF1, 0, AVX2 | ANY_512, 0, 0, 0, ZMM), "avx2"),
+    "Skylake server": ((*SERVER, 0, 0, 0, ZMM), "avx2 avx512"),
+    "Cascade Lake": ((*SERVER, VNNI, 0, 0, ZMM), "avx2 avx512 avx512_vnni"),
+    "an OS without AVX512": ((*SERVER, VNNI, 0, 0, YMM), "avx2"),
     "a leaf 7.1 that is not there": (
-        (0x16, LEAF1, 0, AVX2 | AVX512, 0, AVX512_BF16, ZMM),
-        "avx2 avx512",
+        (*SERVER, VNNI, 0, AVX512_BF16, ZMM),
+        "avx2 avx512 avx512_vnni",
     ),
-    "Zen 4": (
-        (0x10, LEAF1, 1, AVX2 | AVX512, 0, AVX512_BF16, 0x2E7),
-        "avx2 avx512 avx512_bf16",
-    ),
-    "Sapphire Rapids": (SAPPHIRE_RAPIDS, "avx2 avx512 avx512_bf16 amx_bf16"),
-    "an OS without tiles": ((*SAPPHIRE_RAPIDS[:6], 0x2E7), "avx2 avx512 avx512_bf16"),
-    "an OS with half of the tiles": ((*SAPPHIRE_RAPIDS[:6], 0x202E7), "avx2 avx512 avx512_bf16"),
-    "tiles without bf16": (
-        (0x20, LEAF1, 2, AVX2 | AVX512, 1 << 24, AVX512_BF16, TILES),
-        "avx2 avx512 avx512_bf16",
-    ),
+    "Zen 4": ((0x10, LEAF1, 1, AVX2 | AVX512, VNNI, 0, AVX512_BF16, 0x2E7), UP_TO_BF16),
+    "bf16 without int8": ((0x10, LEAF1, 1, AVX2 | AVX512, 0, 0, AVX512_BF16, ZMM), "avx2 avx512"),
+    "Sapphire Rapids": (SAPPHIRE_RAPIDS, f"{UP_TO_BF16} amx"),
+    "an OS without tiles": ((*SAPPHIRE_RAPIDS[:7], 0x2E7), UP_TO_BF16),
+    "an OS with half of the tiles": ((*SAPPHIRE_RAPIDS[:7], 0x202E7), UP_TO_BF16),
+    **{
+        f"tiles without {name}": (
+            (*SAPPHIRE_RAPIDS[:5], AMX & ~(1 << bit), *SAPPHIRE_RAPIDS[6:]),
+            UP_TO_BF16,
+        )
+        for name, bit in (("bf16", 22), ("tiles", 24), ("int8", 25))
+    },
 }
 
 
@@ -774,9 +832,12 @@ def test_weight_bytes_are_those_of_the_packed_weights():
     for case in cases(Kind.MATMUL):
         op = case.op
         if not op.upsample and not op.geglu:
-            k = op.side**2 * padded(op.a.c) + (padded(op.b.c) if op.b.h else 0)
-            size = padded(op.out.c) * k * Type(op.weight_type).bytes
-            assert kernels.weight_bytes(op) == size
+            inputs = [padded(op.a.c)] * op.side**2 + ([padded(op.b.c)] if op.b.h else [])
+            kind = Type(op.weight_type)
+            block = sum(
+                32 * -(-k // 32) + 8 * k if kind == Type.I4 else 16 * k * kind.bytes for k in inputs
+            )
+            assert kernels.weight_bytes(op) == padded(op.out.c) // 16 * block
 
 
 @pytest.mark.parametrize("isa", HERE)

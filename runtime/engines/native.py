@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import OrderedDict
@@ -21,7 +20,9 @@ from .. import models
 from ..bands import Bands, in_bands
 from ..layout import Layout, lay_out
 from ..program import (
+    INT8,
     LINE,
+    STORED,
     TYPES,
     Graph,
     GraphError,
@@ -31,6 +32,7 @@ from ..program import (
     Packed,
     Storage,
     Weight,
+    activation_type,
 )
 from ..window import schedule
 from . import Arrays, check_shapes
@@ -125,7 +127,7 @@ def open_files(bundle: Bundle, component: str) -> Files:
         packed = models.weights(component, spec.config, spec.outputs)
     except GraphError as error:
         raise BundleError(f"{folder}: {error}") from None
-    places = read_index(folder, packed)
+    places = read_index(folder, packed, bundle.manifest.precision.activations == INT8)
     _check_types(folder, packed, places, kind)
     size = (folder / WEIGHTS).stat().st_size
     return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind)
@@ -282,23 +284,24 @@ def _map(path: Path) -> mmap.mmap:
 # --- files --------------------------------------------------------------------------------------
 
 
-def read_index(folder: Path, packed: Sequence[Packed]) -> dict[str, Weight]:
+def read_index(folder: Path, packed: Sequence[Packed], narrow: bool = False) -> dict[str, Weight]:
     """Where every tensor is in weights.bin, which must hold exactly those of `packed`.
 
+    `narrow`: matrices of int8 are multiplied with activations that are rounded to int8.
     Raises BundleError with one line for whatever is wrong.
     """
     path = folder / INDEX
     try:
         raw = strict_json(path.read_text(encoding="utf-8"))
         size = (folder / WEIGHTS).stat().st_size
-        return _check_index(raw, packed, size)
+        return _check_index(raw, packed, size, narrow)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} does not fit: {error}; convert the checkpoint again") from None
 
 
-def _check_index(raw: Any, packed: Sequence[Packed], size: int) -> dict[str, Weight]:
+def _check_index(raw: Any, packed: Sequence[Packed], size: int, narrow: bool) -> dict[str, Weight]:
     """The index as places; ValueError names what is wrong."""
     _require(isinstance(raw, dict) and raw.keys() == {"format", "bytes", "tensors"}, "its fields")
     _require(raw["format"] == FORMAT, f"its format is not {FORMAT}")
@@ -308,7 +311,9 @@ def _check_index(raw: Any, packed: Sequence[Packed], size: int) -> dict[str, Wei
     wanted = {tensor.name for tensor in packed}
     for names, problem in ((wanted - tensors.keys(), "no"), (tensors.keys() - wanted, "unknown")):
         _require(not names, f"{problem} tensor {min(names, default='')[:100]!r}")
-    places = {tensor.name: _check_entry(tensor, tensors[tensor.name], size) for tensor in packed}
+    places = {
+        tensor.name: _check_entry(tensor, tensors[tensor.name], size, narrow) for tensor in packed
+    }
     end = 0
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):
         _require(place.offset >= end, f"{name} overlaps another tensor")
@@ -316,30 +321,34 @@ def _check_index(raw: Any, packed: Sequence[Packed], size: int) -> dict[str, Wei
     return places
 
 
-def _check_entry(tensor: Packed, entry: Any, size: int) -> Weight:
+def _check_entry(tensor: Packed, entry: Any, size: int, narrow: bool) -> Weight:
     name = tensor.name
     fields = {"form", "type", "offset", "bytes", "shape"}
     _require(isinstance(entry, dict) and entry.keys() == fields, f"the fields of {name}")
     _require(entry["form"] == tensor.form, f"{name} is of another form than {tensor.form}")
-    _require(entry["type"] in list(TYPES), f"{name} is of no type of {', '.join(TYPES)}")
-    kind = TYPES[entry["type"]]
+    _require(entry["type"] in list(STORED), f"{name} is of no type of {', '.join(STORED)}")
+    kind = STORED[entry["type"]]
     _require(tensor.type(kind) == kind, f"{name} must be fp32")
     shape, offset = tensor.shape(kind), entry["offset"]
     _require(entry["shape"] == list(shape), f"{name} is not of the shape {shape}")
-    needed = math.prod(shape) * kind.bytes
+    needed, scales = tensor.bytes(kind)
     _require(entry["bytes"] == needed, f"{name} has not {needed:,} bytes")
     inside = type(offset) is int and 0 <= offset <= size - needed and offset % LINE == 0
     _require(inside, f"{name} is not at a multiple of {LINE} inside the file")
-    return Weight(kind, offset, needed)
+    quantized = bool(tensor.scales(kind))
+    return Weight(
+        kind, offset, needed, offset + scales if quantized else None, narrow and quantized
+    )
 
 
 def _check_types(
     folder: Path, packed: Sequence[Packed], places: Mapping[str, Weight], activations: Type
 ) -> None:
-    """16-bit activations are multiplied only with weights of their own type."""
+    """16-bit activations are multiplied only with weights of their own type, or of few bits."""
     for tensor in packed:
         kind = places[tensor.name].type
-        if activations != Type.F32 and tensor.is_matrix and kind != activations:
+        plain = tensor.is_matrix and kind in TYPES.values()
+        if activations != Type.F32 and plain and kind != activations:
             raise BundleError(
                 f"{folder}: {tensor.name} is {kind.name}, activations are {activations.name}: "
                 "convert again with both alike, or with activations fp32"
@@ -353,11 +362,12 @@ def _require(holds: object, message: str) -> None:
 
 def _activations(bundle: Bundle) -> Type:
     name = bundle.manifest.precision.activations
-    if name not in TYPES:
+    kind = activation_type(name)
+    if kind is None:
         raise BundleError(
-            f"{bundle.folder}: activations {name!r} are not known, only {', '.join(TYPES)}"
+            f"{bundle.folder}: activations {name!r} are not known, only {', '.join(TYPES)}, {INT8}"
         )
-    return TYPES[name]
+    return kind
 
 
 def _cores() -> int:

@@ -1,0 +1,45 @@
+// The int8 tile with AVX512_VNNI: one instruction adds four products to every sum.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c"))),             \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+#endif
+#include "simd_avx512.h"
+
+#include "narrow_vector.h"
+
+namespace {
+using avx512::V;
+
+// The instruction takes one side without a sign: that are weights plus 128, and sums start at
+// minus 128 times those of the activations.
+struct Dot {
+    typedef __m512i I;
+    static constexpr int BURN = 12;
+    static I start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
+    static I activation(const char *p) { // four, to every lane
+        int32_t x;
+        memcpy(&x, p, 4);
+        return _mm512_set1_epi32(x);
+    }
+    static I weight(const char *p) {
+        return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+    }
+    static I mac(I acc, I a, I w) { return _mm512_dpbusd_epi32(acc, w, a); }
+    static V::F floats(I x) { return _mm512_cvtepi32_ps(x); }
+};
+
+double burn(uint32_t type, int64_t rounds) {
+    return type == FT_I8 ? burn_narrow<V, Dot>(rounds) : ft::avx512_tiles.burn(type, rounds);
+}
+} // namespace
+
+const ft::Tiles ft::avx512_vnni_tiles = {{}, Narrow<V, Dot, 6, 4>::kernel, burn};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
