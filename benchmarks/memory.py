@@ -90,7 +90,7 @@ def main() -> None:
                 sections[case.title] = "\n".join(rows)
                 missed += wrong
                 kept = [sections[c.title] for c in CASES if c.title in sections]
-                target.write_text("\n".join([*head(chosen), *kept, PUBLISHED]))
+                target.write_text("\n".join([*head(chosen), *(k.rstrip("\n") + "\n" for k in kept), PUBLISHED]))
     print(target.read_text())
     if chosen.check and missed:
         sys.exit("\n".join(["missed:", *missed]))
