@@ -89,8 +89,8 @@ def main() -> None:
                 rows, wrong = measure_case(case, prepare(folder, case), chosen)
                 sections[case.title] = "\n".join(rows)
                 missed += wrong
-                kept = [sections[c.title] for c in CASES if c.title in sections]
-                target.write_text("\n".join([*head(chosen), *(k.rstrip("\n") + "\n" for k in kept), PUBLISHED]))
+                kept = [sections[c.title].rstrip("\n") for c in CASES if c.title in sections]
+                target.write_text("\n".join([*head(chosen), *(k + "\n" for k in kept), PUBLISHED]))
     print(target.read_text())
     if chosen.check and missed:
         sys.exit("\n".join(["missed:", *missed]))

@@ -22,11 +22,13 @@ from .. import bundle as bundles
 from .._version import __version__
 from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Recipe, Sizes, Source
 from ..bundle import Tokenizer as TokenizerSpec
-from ..convert.native import NAMES, layout
+from ..convert.options import UNQUANTIZED
 from ..kernels import LANES, Type
+from ..quantize import recipe as recipes
+from ..quantize.native import choose, layout, write_index
 from ..runtime import models
-from ..runtime.engines.native import FORMAT, INDEX, WEIGHTS, narrow
-from ..runtime.program import TYPES, Packed, padded
+from ..runtime.engines.native import WEIGHTS, narrow
+from ..runtime.program import GROUP, TYPES, Packed, padded
 from . import checkpoints
 
 BLOCK = 1 << 20  # random numbers; every tensor takes them from a place of its own
@@ -60,7 +62,9 @@ def write(
     }
     with bundles.staging(folder) as staged:
         components = {
-            name: _component(staged, name, config, "text_encoder_2" in configs, weights, block)
+            name: _component(
+                staged, name, config, "text_encoder_2" in configs, (weights, activations), block
+            )
             for name, config in parts.items()
         }
         names = {TEXT_ENCODERS[n]: c for n, c in parts.items() if n in TEXT_ENCODERS}
@@ -95,30 +99,26 @@ def write(
 
 
 def write_weights(
-    folder: Path, packed: Sequence[Packed], weights: str, block: np.ndarray | None = None
+    folder: Path,
+    packed: Sequence[Packed],
+    weights: str,
+    block: np.ndarray | None = None,
+    few_bits: Mapping[str, Type] | None = None,
 ) -> None:
-    """weights.bin and weights.json of random tensors; matrices are `weights`."""
+    """weights.bin and weights.json of random tensors; matrices are `weights` or `few_bits`."""
     if block is None:
         block = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
-    places = layout(packed, TYPES[weights])
+    places = layout(packed, TYPES[weights], few_bits)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / WEIGHTS).open("wb") as file:
         for request in packed:
             file.write(bytes(places[request.name].offset - file.tell()))
-            _draw(file, request, TYPES[weights], block)
+            if request.name in (few_bits or {}):
+                _draw_few_bits(file, request, places[request.name].type)
+            else:
+                _draw(file, request, TYPES[weights], block)
         size = file.tell()
-    entries = {
-        request.name: {
-            "form": request.form,
-            "type": NAMES[place.type],
-            "offset": place.offset,
-            "bytes": place.bytes,
-            "shape": list(request.shape(TYPES[weights])),
-        }
-        for request, place in ((r, places[r.name]) for r in packed)
-    }
-    index = {"format": FORMAT, "bytes": size, "tensors": entries}
-    (folder / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
+    write_index(folder, packed, places, size)
 
 
 # --- components ---------------------------------------------------------------------------------
@@ -142,13 +142,20 @@ def _component(
     name: str,
     config: dict[str, Any],
     is_xl: bool,
-    weights: str,
+    precision: tuple[str, str],
     block: np.ndarray,
 ) -> Component:
     inputs, outputs = models.interface(name, config, is_xl if name in TEXT_ENCODERS else None)
     if name in TEXT_ENCODERS and not is_xl:
         del outputs["pooler_output"]
-    write_weights(staged / name, models.weights(name, config, outputs), weights, block)
+    packed, (weights, activations) = models.weights(name, config, outputs), precision
+    if weights in TYPES:
+        write_weights(staged / name, packed, weights, block)
+    else:
+        chosen, _ = choose(name, packed, recipes.Recipe.uniform(weights))
+        whole = {r.name for r in packed if r.is_matrix and _kept(r, Type.F32) is None}
+        few_bits = {n: kind for n, kind in chosen.items() if n in whole}
+        write_weights(staged / name, packed, UNQUANTIZED[activations], block, few_bits)
     return Component(name, config, inputs, outputs)
 
 
@@ -177,6 +184,25 @@ def _draw(file: Any, request: Packed, weights: Type, block: np.ndarray) -> None:
         file.write((np.resize(piece, shape) * kept.astype(piece.dtype)).data)
 
 
+def _draw_few_bits(file: Any, request: Packed, kind: Type) -> None:
+    """Whole numbers, and scales of which every sum keeps its size; nothing is padded."""
+    rng = np.random.default_rng(zlib.crc32(request.name.encode()))
+    taps = 4 if request.form == "upsample" else request.side**2
+    shape, scale = request.shape(kind), 1 / math.sqrt(taps * sum(request.inputs))
+    if kind is Type.I4:
+        values = rng.integers(0, 256, shape, np.uint8)
+        group = GROUP * (LANES // 2) + 2 * LANES
+        scales = np.full(LANES, scale / 4.6, "<f2").view(np.uint8)
+        assert shape[-1] % group == 0, f"{request.name} has groups of several sizes"
+        values.reshape(*shape[:-1], -1, group)[..., : 2 * LANES] = scales
+        file.write(values.data)
+        return
+    file.write(rng.integers(-127, 128, shape, np.int8).data)
+    size, start = request.bytes(kind)
+    file.write(bytes(start - math.prod(shape)))
+    file.write(np.full((size - start) // 4, scale / 73, "<f4").data)
+
+
 def _kept(request: Packed, weights: Type) -> Any:
     """One where a packed tensor holds numbers and zero where it is padded; None: nothing is."""
     gated = request.form.startswith("geglu")
@@ -202,8 +228,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--weights", default="bf16", choices=TYPES)
-    parser.add_argument("--activations", default="bf16", choices=TYPES)
+    parser.add_argument("--weights", default="bf16", choices=(*TYPES, "w8", "w4"))
+    parser.add_argument("--activations", default="bf16", choices=(*TYPES, "int8"))
     given = parser.parse_args()
     began = time.perf_counter()
     made = write(given.folder, MODELS[given.model], given.weights, given.activations)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from ..bundle import Bundle
 from ..kernels import Act
 from ..parity import psnr
+from ..runtime.engines.ops import Ops
 from ..runtime.program import Node
-from . import native
 from .wrappers import wrap
 
 ROUNDING = 100.0  # dB; how far above this a layer is says nothing about damage
@@ -59,10 +59,17 @@ def native_worst(
     """
     expected = {_bare(n): v for n, v in torch_outputs(component, module, inputs).items()}
     layers = []
-    for node, found, residual, added in native.run_ops(bundle, component, inputs):
+    ops = Ops(bundle, component)
+    for node, done in ops.run(inputs):
+        if not done:
+            residual, added = ops.read(node.c), ops.read(node.add)
+            continue
+        found = ops.read(node.out)
         names = [s.removesuffix(".weight") for s in node.weight.sources] if node.weight else []
         outputs = [expected[_bare(name)] for name in names if _bare(name) in expected]
-        if not outputs or len(outputs) < len(names):  # it has no weights, or they are a table
+        if (
+            found is None or not outputs or len(outputs) < len(names)
+        ):  # it has no weights, or they are a table
             continue
         joined = np.concatenate([_by_pixel(o, len(found)) for o in outputs], axis=-1)
         whole = _finished(node, torch.from_numpy(joined), residual, added)

@@ -7,46 +7,20 @@ gives the same bytes on every machine.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .. import kernels
-from ..bundle import Bundle, Memory
 from ..kernels import LANES, Type
-from ..quantize.native import to_int4, to_int8
-from ..quantize.recipe import Form, Recipe
-from ..runtime import models
-from ..runtime.engines.native import DTYPES as NATIVE
-from ..runtime.engines.native import FORMAT, INDEX, WEIGHTS, read_index, widen, write_input
-from ..runtime.layout import lay_out
-from ..runtime.program import (
-    GROUP,
-    INT8,
-    LINE,
-    STORED,
-    TYPES,
-    Node,
-    Packed,
-    Value,
-    Weight,
-    activation_type,
-    padded,
-    round_up,
-)
-from .checkpoint import Checkpoint, CheckpointError, ConvertError, Tensors, new_attention_name
+from ..quantize.native import layout, packed_int4, to_int4, to_int8, together, write_index
+from ..runtime.engines.native import WEIGHTS
+from ..runtime.program import GROUP, STORED, TYPES, Packed, padded
+from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
 from .rounding import to_bf16, to_half
 
-NAMES = {kind: name for name, kind in STORED.items()}
-DTYPES = {Type.F32: "<f4", Type.BF16: "<u2", Type.F16: "<f2"}  # bfloat16 as its bits
-PAGE = 4096  # what matrices are aligned to
 ROWS = 4 * LANES  # outputs that are packed at once: what is held beside the tensor itself
-THREADS = (1, 4)  # that a bundle states its memory for
 VECTORS = ("vector", "geglu_vector")
 PARTS = {  # component -> what its tensors in the file of the autoencoder begin with
     "vae_decoder": ("decoder.", "post_quant_conv."),
@@ -55,35 +29,6 @@ PARTS = {  # component -> what its tensors in the file of the autoencoder begin 
 # Rows (and columns) of a 3x3 filter that meet one source pixel when the image is doubled before,
 # by whether the output's row is odd.
 DOUBLED = (((0,), (1, 2)), ((0, 1), (2,)))
-
-
-def choose(
-    component: str, requests: Sequence[Packed], recipe: Recipe
-) -> tuple[dict[str, Type], dict[str, str]]:
-    """What matrices that a recipe quantizes are stored as, by name; why the others are not.
-
-    Tensors that are joined take the form of the first.  Raises ConvertError for another form than
-    w8 and w4, which are what the engine multiplies.
-    """
-    few_bits, kept = {}, {}
-    for request in requests:
-        if not request.is_matrix:
-            continue
-        taps = (request.side, request.side) if request.side > 1 else ()
-        shape = (request.outputs, sum(request.inputs), *taps)
-        form, why = recipe.choose(component, request.sources[0], shape)
-        if form.quantizes:
-            few_bits[request.name] = _type_of(form)
-        else:
-            kept[request.name] = why
-    return few_bits, kept
-
-
-def _type_of(form: Form) -> Type:
-    types = {"w8": Type.I8, "w4": Type.I4}
-    if str(form) not in types:
-        raise ConvertError(f"weights {form}: the native target stores {', '.join(types)}, not that")
-    return types[str(form)]
 
 
 def write(
@@ -112,99 +57,14 @@ def write(
             for part in _parts(request, arrays, place.type, lost):
                 file.write(part.data)
         size = file.tell()
-    entries = {
-        request.name: {
-            "form": request.form,
-            "type": NAMES[places[request.name].type],
-            "offset": places[request.name].offset,
-            "bytes": places[request.name].bytes,
-            "shape": list(request.shape(places[request.name].type)),
-        }
-        for request in requests
-    }
-    index = {"format": FORMAT, "bytes": size, "tensors": entries}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_index(folder, requests, places, size)
     return lost
-
-
-def layout(
-    requests: Sequence[Packed], weights: Type, few_bits: Mapping[str, Type] | None = None
-) -> dict[str, Weight]:
-    """Where each tensor lies in the file, one after the other, by name."""
-    places: dict[str, Weight] = {}
-    end = 0
-    for request in requests:
-        kind = request.type((few_bits or {}).get(request.name, weights))
-        start = round_up(end, PAGE if request.is_matrix else LINE)
-        size, scales = request.bytes(kind)
-        places[request.name] = Weight(
-            kind, start, size, start + scales if request.scales(kind) else None
-        )
-        end = start + size
-    return places
 
 
 def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndarray:
     """The bytes of one tensor, made of the checkpoint's `arrays` in the order of its sources."""
     parts = _parts(request, arrays, request.type(STORED[weights]), {})
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
-
-
-def memory(
-    component: str,
-    config: Mapping[str, Any],
-    outputs: Collection[str],
-    shapes: models.Shapes,
-    places: Mapping[str, Weight],
-    activations: Type,
-) -> dict[str, Memory]:
-    """What the engine needs for inputs of these shapes, by the number of threads."""
-    graph = models.build(component, config, shapes, activations, outputs)
-    size = max(place.offset + place.bytes for place in places.values())
-    found = {}
-    for threads in THREADS:
-        placed = lay_out(graph, places, partial(kernels.scratch, threads=threads))
-        held = max(live - own for live, own in zip(placed.live, placed.scratch, strict=True))
-        name = f"{threads} thread{'s' if threads > 1 else ''}"
-        found[name] = Memory(size, held, placed.arena_bytes - held)
-    return found
-
-
-def run_ops(
-    bundle: Bundle, component: str, inputs: Mapping[str, np.ndarray], isa: str | None = None
-) -> Iterator[tuple[Node, np.ndarray, np.ndarray | None, np.ndarray | None]]:
-    """Run a component op by op: each node with its output and what it added, (pixels, channels).
-
-    That is the residual and the vector of a matrix product, as they were before the op ran.
-    """
-    spec, folder = bundle.component(component), bundle.path(component)
-    activations = bundle.manifest.precision.activations
-    requests = models.weights(component, spec.config, spec.outputs)
-    places = read_index(folder, requests, activations == INT8)
-    shapes = {name: np.shape(value) for name, value in inputs.items()}
-    kind = activation_type(activations) or Type.F32
-    graph = models.build(component, spec.config, shapes, kind, spec.outputs)
-    placed = lay_out(graph, places, lambda op: kernels.scratch(op, 1, isa))
-    arena = kernels.aligned(placed.arena_bytes)
-    weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
-    for entry in graph.inputs:
-        write_input(arena, placed.offsets, entry, inputs[entry.name])
-
-    def read(value: Value | None) -> np.ndarray | None:
-        if value is None or value.storage.planar:
-            return None
-        s, size = value.storage, value.storage.type.bytes
-        start = placed.offsets[s] + value.first * size
-        strides = (s.row * size, s.pixel * size, size)
-        pixels = np.ndarray((s.h, s.w, value.c), NATIVE[s.type], arena.data, start, strides)
-        return widen(pixels, s.type).reshape(-1, value.c)
-
-    for node, op in zip(graph.nodes, placed.ops, strict=True):
-        residual, added = read(node.c), read(node.add)
-        kernels.Program([op], placed.arena_bytes, weights.nbytes, 1, isa).run(arena, weights)
-        found = read(node.out)
-        if found is not None:
-            yield node, found, residual, added
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -369,9 +229,10 @@ def _parts(
         if kind == Type.I8:
             values, scale = to_int8(panel)
             scales.append(scale)
-            yield _in_fours(values)
+            yield together(values, 4)
         elif kind == Type.I4:
-            yield _int4(panel, request.inputs)
+            sources = [padded(count) for count in request.inputs]
+            yield packed_int4(*to_int4(panel, GROUP, sources), sources)
         else:
             yield _stored(request.name, panel, kind, lost)
     if scales:
@@ -381,39 +242,14 @@ def _parts(
         yield np.concatenate(scales).astype("<f4")
 
 
-def _in_fours(values: np.ndarray) -> np.ndarray:
-    """(blocks, taps, inputs, 16) of int8 as they are stored."""
-    blocks, taps, inputs, _ = values.shape
-    fours = values.reshape(blocks, taps, inputs // 4, 4, LANES).swapaxes(3, 4)
-    return np.ascontiguousarray(fours)
-
-
-def _int4(panel: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
-    """A panel as int4: of every source and group of inputs 16 scales, then values by eights."""
-    parts, first = [], 0
-    blocks, taps = panel.shape[:2]
-    for count in map(padded, inputs):
-        values, scales = to_int4(panel[:, :, first : first + count], GROUP)
-        first += count
-        for i in range(scales.shape[2]):
-            group = values[:, :, GROUP * i : GROUP * (i + 1)].view(np.uint8) & 15
-            eights = group.reshape(blocks, taps, -1, 8, LANES).swapaxes(3, 4)
-            packed = eights[..., ::2] | eights[..., 1::2] << 4
-            own = np.ascontiguousarray(scales[:, :, i], "<f2").view(np.uint8)
-            parts += [own, packed.reshape(blocks, taps, -1)]
-    return np.concatenate(parts, 2)
-
-
 def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> np.ndarray:
     """A panel in the type of the file, contiguous; bfloat16 with the inputs in pairs."""
     if kind is Type.F32:
-        return np.ascontiguousarray(panel, DTYPES[kind])
+        return np.ascontiguousarray(panel, "<f4")
     if kind is Type.F16:
         zeros: dict[str, int] = {}
         half = to_half(name, panel, zeros)
         if zeros:
             lost[name] = lost.get(name, 0) + zeros[name]
-        return np.ascontiguousarray(half, DTYPES[kind])
-    blocks, taps, inputs, _ = panel.shape
-    pairs = to_bf16(name, panel).reshape(blocks, taps, inputs // 2, 2, LANES).swapaxes(3, 4)
-    return np.ascontiguousarray(pairs, DTYPES[kind])
+        return np.ascontiguousarray(half, "<f2")
+    return together(to_bf16(name, panel), 2)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from .. import kernels, parity
 from ..bundle import Bundle, Component, Precision, Tensor
 from ..kernels import Type
+from ..quantize import native as packing
 from ..quantize.recipe import Recipe, RecipeError
 from ..runtime import models
 from ..runtime.engines import Arrays, Engine
@@ -135,22 +136,22 @@ class NativeTarget:
         size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
         taken, outputs = onnx.interface(name, module, size)  # float32 whatever it computes in
         requests = models.weights(name, config, outputs)
-        few_bits, kept = native.choose(name, requests, task.recipe)
+        few_bits, kept = packing.choose(name, requests, task.recipe)
         self.kept[name] = Counter(kept.values())
         plain = task.precision.weights
         if task.recipe.least_bits:
             plain = UNQUANTIZED[task.precision.activations]
         lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
         self.underflow.update(lost)
-        places = native.layout(requests, TYPES[plain], few_bits)
+        places = packing.layout(requests, TYPES[plain], few_bits)
         matrices = [request for request in requests if request.is_matrix]
         self.names += [f"{name}/{request.sources[0]}" for request in matrices]
-        self.forms[name] = Counter(native.NAMES[places[r.name].type] for r in matrices)
+        self.forms[name] = Counter(packing.NAMES[places[r.name].type] for r in matrices)
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
         shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
         kind = activation_type(task.precision.activations) or Type.F32
-        memory = native.memory(name, config, outputs, shapes, places, kind)
+        memory = packing.memory(name, config, outputs, shapes, places, kind)
         arrays = _single(tensors(taken)), _single(tensors(outputs))
         return Component(folder.name, config, *arrays, memory=memory)
 
