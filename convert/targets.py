@@ -84,22 +84,22 @@ class OnnxTarget:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.underflow: Counter[str] = Counter()
+        self.made: dict[str, Any] = {}
 
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
-        sizes, precision = self.task.sizes, self.task.precision
+        sizes, precision, recipe = self.task.sizes, self.task.precision, self.task.recipe
         made = onnx.export(
             name,
             module,
             config,
             folder,
             sizes[0] if sizes and len(sizes) == 1 else None,
-            precision.weights,
+            recipe if recipe.least_bits else precision.weights,
             precision.activations,
         )
-        self.underflow.update(made["fp16_underflow"])
+        self.made[name] = made
         return Component(folder.name, config, tensors(made["inputs"]), tensors(made["outputs"]))
 
     def open(self, bundle: Bundle, name: str) -> Engine:
@@ -112,7 +112,17 @@ class OnnxTarget:
         return {}
 
     def report(self) -> dict[str, Any]:
-        return {"fp16_underflow": self.underflow.total()}
+        told: dict[str, Any] = {"fp16_underflow": _lost_to_half(self.made)}
+        if self.task.recipe.least_bits:
+            _check_used(self.task.recipe, _weights(self.made))
+            stored = {
+                name: Counter([*made["quantized"].values(), *(f for f, _ in made["kept"].values())])
+                for name, made in self.made.items()
+            }
+            why = {n: Counter(w for _, w in made["kept"].values()) for n, made in self.made.items()}
+            told["weights"] = {name: dict(forms) for name, forms in stored.items()}
+            told["not_compressed"] = {name: dict(reasons) for name, reasons in why.items()}
+        return told
 
 
 class NativeTarget:
@@ -145,7 +155,7 @@ class NativeTarget:
         self.underflow.update(lost)
         places = packing.layout(requests, TYPES[plain], few_bits)
         matrices = [request for request in requests if request.is_matrix]
-        self.names += [f"{name}/{request.sources[0]}" for request in matrices]
+        self.names += [f"{name}/{source}" for r in matrices for source in r.sources]
         self.forms[name] = Counter(packing.NAMES[places[r.name].type] for r in matrices)
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
@@ -308,12 +318,7 @@ class TensorrtTarget:
         }
 
     def report(self) -> dict[str, Any]:
-        names = [
-            f"{component}/{weight}"
-            for component, made in self.made.items()
-            for weight in (*made["quantized"], *made["kept"])
-        ]
-        _check_used(self.task.recipe, names)
+        _check_used(self.task.recipe, _weights(self.made))
         plain = "fp16" if self.task.precision.activations == "fp16" else "fp32"
         weights, kept = {}, {}
         for component, made in self.made.items():
@@ -327,8 +332,17 @@ class TensorrtTarget:
             "onnxruntime; no engine was run",
             "weights": weights,
             "not_compressed": kept,
-            "fp16_underflow": sum(sum(m["fp16_underflow"].values()) for m in self.made.values()),
+            "fp16_underflow": _lost_to_half(self.made),
         }
+
+
+def _weights(made: dict[str, Any]) -> list[str]:
+    """The weights that a recipe decided on, as component/name."""
+    return [f"{n}/{weight}" for n, m in made.items() for weight in (*m["quantized"], *m["kept"])]
+
+
+def _lost_to_half(made: dict[str, Any]) -> int:
+    return sum(sum(m["fp16_underflow"].values()) for m in made.values())
 
 
 def _lost_in(layer: str, psnr: float) -> str:
