@@ -93,10 +93,11 @@ def _precision(source: Bundle, recipe: Recipe, activations: str) -> Precision:
             f"{source.folder} is made for {source.manifest.target}: quantize a native bundle, or "
             "convert the checkpoint with --weights"
         )
-    if source.manifest.precision.weights not in TYPES:
+    stored = source.manifest.precision.weights
+    if stored not in TYPES:
         raise RecipeError(
-            f"{source.folder} has weights {source.manifest.precision.weights} already: errors would "
-            "add up, so quantize the bundle that it was made of"
+            f"{source.folder} has weights {stored} already: errors would add up, so quantize the "
+            "bundle that it was made of"
         )
     if not recipe.least_bits:
         raise RecipeError("the recipe quantizes nothing")
