@@ -20,7 +20,8 @@ template <class V, class D, int R, int B> void narrow_tile(const ft::Tile &t) {
 #pragma GCC unroll 4
             for (int n = 0; n < B; n++) acc[r][n] = start;
         }
-        for (int64_t k = 0; k < t.k; k += 4, w += 4 * ft::LANES) {
+        int64_t k = 0;
+        do { // k is not 0: nothing else than the sums of the loop is kept
             decltype(D::weight(w)) b[B];
 #pragma GCC unroll 4
             for (int n = 0; n < B; n++) b[n] = D::weight(w + n * t.w_block);
@@ -30,18 +31,19 @@ template <class V, class D, int R, int B> void narrow_tile(const ft::Tile &t) {
 #pragma GCC unroll 4
                 for (int n = 0; n < B; n++) acc[r][n] = D::mac(acc[r][n], a, b[n]);
             }
-        }
+            k += 4, w += 4 * ft::LANES;
+        } while (k < t.k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            if (r >= t.row_count) continue;
-            const F scale = V::set(ft::Int8Pixel::of(row[r])->scale);
+        for (int r = 0; r < R; r++) // unrolled, or the sums go through memory
+            if (r < t.row_count) {
+                const F scale = V::set(ft::Int8Pixel::of(row[r])->scale);
+                float *const out = t.acc + r * t.stride;
 #pragma GCC unroll 4
-            for (int n = 0; n < B; n++) {
-                float *out = t.acc + r * t.stride + n * ft::LANES;
-                const F before = t.add || i ? V::load(out) : V::zero();
-                V::store(out, V::fma(D::floats(acc[r][n]), scale, before));
+                for (int n = 0; n < B; n++) {
+                    const F before = t.add || i ? V::load(out + n * ft::LANES) : V::zero();
+                    V::store(out + n * ft::LANES, V::fma(D::floats(acc[r][n]), scale, before));
+                }
             }
-        }
     }
 }
 
@@ -67,9 +69,11 @@ template <class V, class D> double burn_narrow(int64_t rounds) {
     for (int64_t i = 0; i < rounds; i++) {
         __asm__ volatile("" : "+r"(p)); // what is multiplied stays unknown
         const auto a = D::activation(p);
-        const auto w = D::weight(p);
 #pragma GCC unroll 16
-        for (int j = 0; j < D::BURN; j++) acc[j] = D::mac(acc[j], a, w);
+        for (int j = 0; j < D::BURN; j++) {
+            __asm__ volatile("" : "+r"(p)); // and no two products are known to be alike
+            acc[j] = D::mac(acc[j], a, D::weight(p));
+        }
     }
     float sink[D::BURN][ft::LANES];
     for (int j = 0; j < D::BURN; j++) V::store(sink[j], D::floats(acc[j]));

@@ -18,19 +18,19 @@ using avx512::V;
 // The instruction takes one side without a sign: that are weights plus 128, and sums start at
 // minus 128 times those of the activations.
 struct Dot {
-    typedef __m512i I;
+    typedef int32_t I __attribute__((vector_size(64))); // of __m512i, gcc 12 makes copies
     static constexpr int BURN = 12;
-    static I start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
-    static I activation(const char *p) { // four, to every lane
+    static I start(int32_t sum) { return I(_mm512_set1_epi32(-128 * sum)); }
+    static __m512i activation(const char *p) { // four, to every lane
         int32_t x;
         memcpy(&x, p, 4);
         return _mm512_set1_epi32(x);
     }
-    static I weight(const char *p) {
+    static __m512i weight(const char *p) {
         return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
     }
-    static I mac(I acc, I a, I w) { return _mm512_dpbusd_epi32(acc, w, a); }
-    static V::F floats(I x) { return _mm512_cvtepi32_ps(x); }
+    static I mac(I acc, __m512i a, __m512i w) { return I(_mm512_dpbusd_epi32(__m512i(acc), w, a)); }
+    static V::F floats(I x) { return _mm512_cvtepi32_ps(__m512i(x)); }
 };
 
 double burn(uint32_t type, int64_t rounds) {
