@@ -158,7 +158,7 @@ def _component(
         for request in requests:
             place = places[request.name]
             file.write(bytes(place.offset - file.tell()))
-            data, psnr = _written(
+            data, psnr = written(
                 request, files, raw, place, statistics.get(f"{component}/{request.name}")
             )
             file.write(data)
@@ -180,7 +180,7 @@ def _default_shapes(source: Bundle, component: str) -> models.Shapes:
     return models.sizes(component, spec.config, manifest.sizes.default, tokens)
 
 
-def _written(
+def written(
     request: Packed, files: Files, raw: np.ndarray, place: Weight, moments: Any
 ) -> tuple[bytes, float]:
     """A tensor as it will lie in the file, and how near it is to what it was, in dB."""
