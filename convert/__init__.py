@@ -48,7 +48,7 @@ NATIVE = (
     ("fp16", "fp32"),
 )
 FORMS = {  # what each can, for the message
-    "onnx": "fp32 or fp16",
+    "onnx": "fp32, fp16, w8, w4 (t, c, bN, not a), or a recipe's file",
     "native": "fp32, bf16, fp16, w8, w4, or a recipe's file",
     "coreml": "fp32, fp16, p8, p6, p4, p2, w8, w4 and their kin, or a recipe's file",
     "tensorrt": "fp32, fp16, w8, w4, or a recipe's file",
@@ -113,11 +113,8 @@ def _precision(
         raise ConvertError(f"weights for {target}: {FORMS[target]}; {error}") from None
     if activations not in ("fp32", "fp16"):
         raise ConvertError(f"activations {activations!r}: {target} computes in fp32 or fp16")
-    if target == "onnx" and (recipe.least_bits or recipe.rules):
-        raise ConvertError(
-            f"weights {recipe.default}: an ONNX bundle has {FORMS['onnx']}; "
-            "quantized ones come with --target coreml or tensorrt"
-        )
+    if target == "onnx":
+        _check_onnx(recipe, activations)
     if target != "onnx" and not recipe.least_bits and str(recipe.default) != activations:
         raise ConvertError(
             f"{target} stores what it does not compress in the type it computes in: "
@@ -125,6 +122,18 @@ def _precision(
         )
     named = "mixed" if recipe.rules else str(recipe.default)
     return recipe, Precision(named, activations)
+
+
+def _check_onnx(recipe: Recipe, activations: str) -> None:
+    """Raise ConvertError for what no graph can say, or would not do."""
+    forms = [recipe.default, *(rule.form for rule in recipe.rules)]
+    for form in forms:
+        if form.kind == "palette" or not form.symmetric:
+            raise ConvertError(f"weights {form}: an ONNX bundle has {FORMS['onnx']}")
+    if recipe.rules and not recipe.least_bits:
+        raise ConvertError("the recipe quantizes nothing: give --weights fp16 or fp32 instead")
+    if activations == "fp16" and recipe.least_bits and any(f.kind == "fp32" for f in forms):
+        raise ConvertError("activations fp16 need the recipe's weights fp32 to be fp16 as well")
 
 
 def _native_precision(

@@ -15,7 +15,9 @@ import onnx_ir as ir
 import torch
 
 from ..bundle import TEXT_ENCODERS, TIME_IDS
+from ..quantize.recipe import Form, Recipe
 from .checkpoint import ConvertError
+from .integers import OPSET, compress
 from .modules import quiet
 from .rounding import to_half
 from .wrappers import wrap
@@ -33,7 +35,7 @@ def export(
     config: dict,
     folder: Path,
     latent_size: tuple[int, int] | None = None,
-    weights: str = "fp32",
+    weights: str | Recipe = "fp32",
     activations: str = "fp32",
     opset: int = 20,
     attention: str = "fused",
@@ -42,11 +44,13 @@ def export(
 ) -> dict[str, Any]:
     """Write model.onnx, model.onnx.data and config.json; return the inputs and outputs.
 
-    `latent_size` is (width, height) in latents; None leaves them open. `attention` is as in
-    `wrappers.wrap`. `fixed` gives other dimensions a size, by name; `edit` changes the graph
-    before it is written. Raises ConvertError.
+    `latent_size` is (width, height) in latents; None leaves them open. `weights` is fp32, fp16 or
+    a recipe; `attention` is as in `wrappers.wrap`. `fixed` gives other dimensions a size, by name;
+    `edit` changes the graph before it is written. Returns also `quantized`, name -> form, and
+    `kept`, name -> what it is stored in and why. Raises ConvertError.
     """
-    _check_choices(component, weights, activations)
+    plain = activations if isinstance(weights, Recipe) else weights
+    _check_choices(component, plain, activations)
     lost: dict[str, int] = {}
     wrapper = wrap(component, module, activations == "fp16", lost, attention)
     inputs, outputs = interface(component, module, latent_size, activations)
@@ -56,14 +60,19 @@ def export(
     _name_after_layers(model.graph)
     _scrub(model)
     _check_finite(model.graph)
-    if weights == "fp16" and activations == "fp32":
-        _store_as_half(model.graph, lost)
+    quantized, kept = _store(model, component, weights, activations, lost)
     edit(model.graph)
     folder.mkdir(parents=True, exist_ok=True)
     _write(model, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     onnx.checker.check_model(str(folder / "model.onnx"))
-    return {"inputs": inputs, "outputs": outputs, "fp16_underflow": lost}
+    return {
+        "inputs": inputs,
+        "outputs": outputs,
+        "fp16_underflow": lost,
+        "quantized": quantized,
+        "kept": kept,
+    }
 
 
 def interface(
@@ -243,13 +252,37 @@ def _check_finite(graph: ir.Graph) -> None:
             raise ConvertError(f"{name} is a constant with NaN or Inf, which cannot be quantised")
 
 
-def _store_as_half(graph: ir.Graph, lost: dict[str, int]) -> None:
-    """Matrices and filters as float16 followed by a Cast, which onnxruntime folds while loading."""
+def _store(
+    model: ir.Model, component: str, weights: str | Recipe, activations: str, lost: dict[str, int]
+) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """Put the weights into what they are stored in; returns `quantized` and `kept` of `export`."""
+    graph, exact = model.graph, set()
+    quantized: dict[str, str] = {}
+    kept: dict[str, tuple[Form, str]] = {}
+    if isinstance(weights, Recipe):
+        model.opset_imports[""] = max(model.opset_imports[""], OPSET)
+        compress(graph, component, weights, quantized, kept, plain=False)
+        usual = weights.unquantized, ""
+        exact = {name for name in graph.initializers if kept.get(name, usual)[0].kind == "fp32"}
+    if activations == "fp32" and weights != "fp32":
+        _store_as_half(graph, lost, exact)
+    dtypes = {name: graph.initializers[name].dtype for name in kept}
+    stored = {name: "fp16" if t == ir.DataType.FLOAT16 else "fp32" for name, t in dtypes.items()}
+    return quantized, {name: (stored[name], why) for name, (_, why) in kept.items()}
+
+
+def _store_as_half(graph: ir.Graph, lost: dict[str, int], exact: set[str]) -> None:
+    """Matrices and filters but `exact` as float16 followed by a Cast.
+
+    onnxruntime folds it while loading, or computes it when the weight is used.
+    """
     first = graph[0]
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         matrix = sum(n > 1 for n in tensor.shape) > 1
         if tensor.dtype != ir.DataType.FLOAT or not matrix or tensor.nbytes < 2 * EXTERNAL:
+            continue
+        if name in exact:
             continue
         value.const_value = ir.LazyTensor(  # converted while writing: never two copies of all
             partial(_half_tensor, name, tensor, lost),

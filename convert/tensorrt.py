@@ -12,22 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import onnx_ir as ir
 import torch
 
 from ..bundle import BundleError, Memory
 from ..quantize.recipe import Form, Recipe
-from ..quantize.weights import Integers, fits, quantize
 from ..runtime.engines.tensorrt_builder import CAPABILITIES, Sizes, compile_engine, engine_name
 from . import onnx
 from .checkpoint import ConvertError
+from .integers import compress
 
 # GroupNormalization and int4 begin at 21. Attention begins at 23, but the compiler takes it only
 # with sizes of heads that it has a kernel for, and fuses MatMul and Softmax by itself.
 OPSET = 21
-WEIGHT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "Gather": 0}  # which input of the operator it is
 REFUSED = {  # why, in the parser's words or for want of an operator
     "palette": "TensorRT has no operator for palettes",
     "zero": "TensorRT says: Non-zero zero point is not supported",
@@ -65,7 +61,7 @@ def export(
     """
     recipe = _recipe(weights)
     quantized: dict[str, str] = {}
-    kept: dict[str, str] = {}
+    kept: dict[str, tuple[Form, str]] = {}
     fixed = {"sequence": tokens, "batch": batch}
     made = onnx.export(
         component,
@@ -78,9 +74,11 @@ def export(
         OPSET,
         "plain",
         {name: size for name, size in fixed.items() if size is not None},
-        partial(_quantize, component=component, recipe=recipe, quantized=quantized, kept=kept),
+        partial(compress, component=component, recipe=recipe, quantized=quantized, kept=kept)
+        if recipe
+        else lambda graph: None,
     )
-    return {**made, "quantized": quantized, "kept": kept}
+    return {**made, "quantized": quantized, "kept": {name: why for name, (_, why) in kept.items()}}
 
 
 def build(
@@ -137,93 +135,3 @@ def _recipe(weights: str | Recipe) -> Recipe | None:
         if reason:
             raise ConvertError(f"weights {form}: {REFUSED[reason]}; choose w8 or w4, or fp16")
     return recipe
-
-
-def _quantize(
-    graph: ir.Graph,
-    component: str,
-    recipe: Recipe | None,
-    quantized: dict[str, str],
-    kept: dict[str, str],
-) -> None:
-    """Replace the weights that the recipe chooses by integers and the nodes that undo them."""
-    if recipe is None:
-        return
-    for node in list(graph):
-        value = node.inputs[WEIGHT[node.op_type]] if node.op_type in WEIGHT else None
-        if value is None or not _is_weight(value) or value.name in kept:
-            continue
-        # as in the checkpoint: output channels first
-        turned = node.op_type == "MatMul" or (
-            node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)
-        )
-        array = value.const_value.numpy()
-        array = array.T if turned else array
-        form, why = recipe.choose(component, value.name, array.shape)
-        misfit = fits(array.shape, form) if form.quantizes else why
-        if misfit:
-            kept[value.name] = misfit
-            continue
-        quantized[value.name] = str(form)
-        _replace(graph, value, _integers(array, form), turned)
-
-
-def _is_weight(value: ir.Value) -> bool:
-    tensor = value.const_value
-    floating = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    return value.is_initializer() and tensor.dtype in floating and len(tensor.shape) > 1
-
-
-def _integers(array: np.ndarray, form: Form) -> Integers:
-    made = quantize(array, form)
-    assert isinstance(made, Integers)  # palettes were refused before
-    return made
-
-
-def _replace(graph: ir.Graph, value: ir.Value, made: Integers, turned: bool) -> None:
-    """The initializer becomes integers; its readers read what DequantizeLinear makes of them."""
-    name, dtype, shape = value.name, value.const_value.dtype, made.values.shape
-    values, scale, attributes = _layout(made)
-    if turned:
-        values, scale = values.T, scale.T
-        attributes = {k: 1 - n if k == "axis" else n for k, n in attributes.items()}
-    integer = ml_dtypes.int4 if made.bits == 4 else np.int8
-    readers = list(value.uses())
-    value.const_value = ir.Tensor(np.ascontiguousarray(values).astype(integer), name=name)
-    value.dtype, value.shape = value.const_value.dtype, ir.Shape(values.shape)
-    scales = _initializer(graph, f"{name}.scale", scale.astype(dtype.numpy()))
-    nodes = [ir.node("DequantizeLinear", [value, scales], attributes)]
-    if values.ndim < len(shape):
-        whole = _initializer(graph, f"{name}.shape", np.array(shape, np.int64))
-        nodes.append(ir.node("Reshape", [nodes[0].outputs[0], whole]))
-    for node in nodes:
-        node.name, out = f"{name}/{node.op_type}", node.outputs[0]
-        out.name, out.dtype = f"{name}.{node.op_type}", dtype
-    nodes[0].outputs[0].shape, nodes[-1].outputs[0].shape = value.shape, ir.Shape(shape)
-    if turned:
-        nodes[-1].outputs[0].shape = value.shape
-    for reader, index in readers:
-        reader.replace_input_with(index, nodes[-1].outputs[0])
-    graph.insert_before(graph[0], nodes)
-
-
-def _layout(made: Integers) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Values, scales and attributes as DequantizeLinear takes them, output channels first.
-
-    TensorRT takes blocks only along the last two dimensions, so filters become rows.
-    """
-    rows = made.values.reshape(len(made.values), -1)
-    if made.block:
-        scale = made.scale.reshape(len(rows), -1)
-        return rows, scale, {"axis": 1, "block_size": rows.shape[1] // scale.shape[1]}
-    if made.scale.size == 1:
-        return made.values, made.scale.reshape(()), {}
-    return made.values, made.scale.reshape(-1), {"axis": 0}
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, const_value=tensor)
-    value.dtype, value.shape = tensor.dtype, tensor.shape
-    graph.initializers[name] = value
-    return value

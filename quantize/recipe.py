@@ -187,7 +187,7 @@ class Recipe:
         if not form.quantizes:
             return form, reason
         kept = _unworthy(shape, self.minimum) or (_sensitive(tensor) if index is None else None)
-        return (self._unquantized, kept) if kept else (form, reason)
+        return (self.unquantized, kept) if kept else (form, reason)
 
     @property
     def least_bits(self) -> int | None:
@@ -201,7 +201,8 @@ class Recipe:
         return tuple(rule.match for i, rule in enumerate(self.rules) if i not in used)
 
     @property
-    def _unquantized(self) -> Form:
+    def unquantized(self) -> Form:
+        """The form of what is not quantized."""
         return parse("fp32" if self.default.kind == "fp32" else "fp16")
 
     def _first(self, tensor: str) -> int | None:

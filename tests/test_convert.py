@@ -296,8 +296,8 @@ def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monk
     [
         ({"target": "abacus"}, "target 'abacus' is not one of onnx"),
         ({"weights": "fp32", "activations": "fp16"}, "no floor for fp32 weights with fp16"),
-        ({"weights": "w3"}, 'weights for onnx: fp32 or fp16; no form "w3"'),
-        ({"weights": "p6"}, "weights p6: an ONNX bundle has fp32 or fp16"),
+        ({"weights": "w3"}, "weights for onnx: fp32, fp16, w8, w4 (t, c, bN, not a), or a recipe"),
+        ({"weights": "p6"}, "weights p6: an ONNX bundle has fp32, fp16, w8, w4 ("),
         ({"sizes": [(100, 96)]}, "100 is no multiple of 8"),
         ({"sizes": [(64, 64), (0, 96)]}, "0 is no multiple of 8"),
     ],

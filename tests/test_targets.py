@@ -117,9 +117,10 @@ def test_an_operator_that_the_builder_refuses_is_one_line_with_its_reason(checkp
         graph.append(strange)
         graph.outputs[0] = strange.outputs[0]
 
-    monkeypatch.setattr(tensorrt, "_quantize", sabotage)
+    monkeypatch.setattr(tensorrt, "compress", sabotage)
     monkeypatch.setattr("onnx.checker.check_model", lambda *_, **__: None)
-    line = fails(1, "convert", checkpoint, "--target", "tensorrt", "-o", "out.ferro")
+    args = ("--target", "tensorrt", "--weights", "w8", "-o", "out.ferro")
+    line = fails(1, "convert", checkpoint, *args)
     assert "Nonsense" in line
     assert "text_encoder" in line
     assert "convert with other weights, or with --target onnx" in line

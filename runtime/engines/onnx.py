@@ -31,8 +31,8 @@ class OnnxEngine:
 
     Weights of another precision than the arithmetic's are expanded while loading; `frugal` has each
     expanded when it is used, every time, so that only a few are held at once.  The outputs are the
-    same bytes.  Raises BundleError when onnxruntime refuses the graph or it does not match the
-    manifest.
+    same bytes.  Weights of few bits are always expanded when they are used.  Raises BundleError
+    when onnxruntime refuses the graph or it does not match the manifest.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class OnnxEngine:
         self._spec = bundle.component(component)
         self._path = bundle.path(f"{self._spec.path}/{MODEL}")
         self._borrowed: list[Any] = []  # by the session, which does not keep them
-        folding = not (frugal and expands(bundle))
+        folding = not (quantized(bundle) or (frugal and expands(bundle)))
         repeated = component == "unet"
         self._session = _session(self._path, threads, self._borrowed, folding, repeated)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -74,10 +74,15 @@ class OnnxEngine:
             )
 
 
+def quantized(bundle: Bundle) -> bool:
+    """Whether weights are stored in fewer bits than any type that is computed in."""
+    return bundle.manifest.precision.weights not in ("fp32", "fp16")
+
+
 def expands(bundle: Bundle) -> bool:
     """Whether weights are stored in another precision than is computed in: then frugal differs."""
     precision = bundle.manifest.precision
-    return precision.weights != precision.activations
+    return precision.weights != precision.activations and not quantized(bundle)
 
 
 def return_freed_memory() -> None:
@@ -118,6 +123,8 @@ def _session(
     # weights, and gained no speed: benchmarks/results/graphs.md.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if not folding:  # nor int8 and int4, which would be repacked into private memory
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Idle workers must not spin: they would take the cores from an app's own threads.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:

@@ -17,6 +17,7 @@ import numpy as np
 
 # TensorProto's numbers of types.
 DTYPES = {1: "<f4", 10: "<f2", 11: "<f8", 3: "|i1", 2: "|u1", 6: "<i4", 7: "<i8"}
+INT4 = 22  # two to a byte
 # Numbers of the fields in onnx.proto.
 GRAPH, NODE, INITIALIZER, ATTRIBUTE = 7, 1, 5, 5
 SUBGRAPHS = (6, 11)  # of an attribute
@@ -36,12 +37,11 @@ class External(NamedTuple):
     bytes: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    packed: bool = False  # two values to a byte
 
 
 def lend(options: Any, model: Path) -> list[Any]:
     """Add the weights of a model.onnx to session options; the result must outlive the session."""
-    from onnxruntime import OrtValue
-
     maps: dict[str, np.ndarray] = {}
     kept: list[Any] = []
     for weight in externals(model):
@@ -49,10 +49,21 @@ def lend(options: Any, model: Path) -> list[Any]:
             maps[weight.file] = _map(model.parent / weight.file)
         data = maps[weight.file][weight.offset : weight.offset + weight.bytes]
         if len(data) == weight.bytes:
-            array = data.view(weight.dtype).reshape(weight.shape)
-            kept.append((array, OrtValue.ortvalue_from_numpy(array)))
+            kept.append(_value(data, weight))
             options.add_initializer(weight.name, kept[-1][1])
     return kept
+
+
+def _value(data: np.ndarray, weight: External) -> tuple[np.ndarray, Any]:
+    from onnxruntime import OrtValue
+
+    if not weight.packed:
+        array = data.view(weight.dtype).reshape(weight.shape)
+        return array, OrtValue.ortvalue_from_numpy(array)
+    # It takes the shape from the array and reads two values from each byte: never the second half.
+    strides = [math.prod(weight.shape[i + 1 :]) for i in range(len(weight.shape))]
+    array = np.lib.stride_tricks.as_strided(data, weight.shape, strides, writeable=False)
+    return array, OrtValue.ortvalue_from_numpy_with_onnx_type(array, INT4)
 
 
 def externals(model: Path) -> list[External]:
@@ -86,15 +97,18 @@ def _external(name: str, tensor: list[Field]) -> External | None:
     entries = [list(_fields(body)) for n, body in tensor if n == EXTERNAL_DATA]
     where = {_text(entry, KEY): _text(entry, VALUE) for entry in entries}
     shape = tuple(size for n, body in tensor if n == DIMS for size in _numbers(body))
-    kind = DTYPES.get(_last(tensor, DATA_TYPE, 0))
+    number = _last(tensor, DATA_TYPE, 0)
+    packed = number == INT4
+    kind = "|u1" if packed else DTYPES.get(number)
     file, offset, length = (where.get(key, "") for key in ("location", "offset", "length"))
     if not kind or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", file, re.ASCII):
         return None
     dtype = np.dtype(kind)
     size, start = math.prod(shape) * dtype.itemsize, _decimal(offset)
+    size = (size + 1) // 2 if packed else size
     if size == 0 or start is None or start % dtype.itemsize or _decimal(length) != size:
         return None
-    return External(name, file, start, size, dtype, shape)
+    return External(name, file, start, size, dtype, shape, packed)
 
 
 def _decimal(text: str) -> int | None:
