@@ -116,19 +116,20 @@ def within(table: Table, budget: int) -> list[str]:
             f"a size of {budget:,} bytes cannot be met: the least is {table.rest + least:,}"
         )
     unit = max(1, room / UNITS)
-    best = np.zeros(UNITS + 1)  # least error by the bytes that were used at most
+    limit = int(room / unit)  # in units; sizes are rounded up to them
+    best = np.zeros(limit + 1)  # least error by the units that were used at most
     back = []
     for choice in table.choices:
-        trials = np.full((len(choice.forms), UNITS + 1), np.inf)
+        trials = np.full((len(choice.forms), limit + 1), np.inf)
         for i, (size, error) in enumerate(choice.forms.values()):
             used = math.ceil(size / unit)
-            if used <= UNITS:
-                trials[i, used:] = best[: UNITS + 1 - used] + error
+            if used <= limit:
+                trials[i, used:] = best[: limit + 1 - used] + error
         back.append(trials.argmin(0))
         best = trials.min(0)
-    if not np.isfinite(best[UNITS]):  # only by rounding sizes up: what is least fits
+    if not np.isfinite(best[limit]):  # only because sizes were rounded up: what is least fits
         return [min(c.forms, key=lambda form: c.forms[form][0]) for c in table.choices]
-    chosen, left = [], UNITS
+    chosen, left = [], limit
     for choice, choices in zip(reversed(table.choices), reversed(back), strict=True):
         form = list(choice.forms)[choices[left]]
         chosen.append(form)
