@@ -160,6 +160,8 @@ def _native_precision(
 
 def _native_few_bits(weights: str | Recipe, activations: str) -> tuple[Recipe, Precision]:
     """A recipe as it is, or one form for all that is worth it."""
+    from ..quantize.native import check_forms
+
     if activations not in UNQUANTIZED:
         known = ", ".join(UNQUANTIZED)
         raise OptionError(f"activations {activations!r}: the native target computes in {known}")
@@ -168,6 +170,7 @@ def _native_few_bits(weights: str | Recipe, activations: str) -> tuple[Recipe, P
         raise OptionError(
             f"the recipe quantizes nothing: give --weights {UNQUANTIZED[activations]} instead"
         )
+    check_forms(recipe)
     return recipe, Precision("mixed" if recipe.rules else str(recipe.default), activations)
 
 

@@ -1,8 +1,8 @@
 """Weights as the native engine reads them: packed for its kernels, tensor by tensor into one file.
 
-The layout is one for every instruction set: blocks of 16 outputs, and of 16-bit weights the inputs
-in pairs; docs/engine.md draws it.  Neither torch nor the engine is needed, and the same checkpoint
-gives the same bytes on every machine.
+The layout is one for every instruction set: blocks of 16 outputs, the inputs of bfloat16 in pairs,
+of int8 in fours and of int4 in eights; docs/engine.md draws it.  Neither torch nor the engine is
+needed, and the same checkpoint gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from ..kernels import LANES, Type
 from ..quantize.native import layout, packed_int4, to_int4, to_int8, together, write_index
 from ..runtime.engines.native import WEIGHTS
-from ..runtime.program import GROUP, STORED, TYPES, Packed, padded
+from ..runtime.program import FEW_BITS, GROUP, STORED, TYPES, Packed, padded
 from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
 from .rounding import to_bf16, to_half
 
@@ -226,13 +226,10 @@ def _parts(
     """A tensor as it is stored, piece by piece; the scales of int8 come last."""
     scales = []
     for panel in _panels(request, arrays):
-        if kind == Type.I8:
-            values, scale = to_int8(panel)
-            scales.append(scale)
-            yield together(values, 4)
-        elif kind == Type.I4:
-            sources = [padded(count) for count in request.inputs]
-            yield packed_int4(*to_int4(panel, GROUP, sources), sources)
+        if kind in FEW_BITS.values():
+            packed, *scale = _few_bits(request, panel, kind)
+            scales += scale
+            yield packed
         else:
             yield _stored(request.name, panel, kind, lost)
     if scales:
@@ -240,6 +237,18 @@ def _parts(
         matrix = math.prod(request.shape(kind))
         yield np.zeros(start - matrix, np.uint8)
         yield np.concatenate(scales).astype("<f4")
+
+
+def _few_bits(request: Packed, panel: np.ndarray, kind: Type) -> tuple[np.ndarray, ...]:
+    """A panel as whole numbers; of int8 also the scales, which int4 has among them."""
+    try:
+        if kind == Type.I8:
+            values, scales = to_int8(panel)
+            return together(values, 4), scales
+        sources = [padded(count) for count in request.inputs]
+        return (packed_int4(*to_int4(panel, GROUP, sources), sources),)
+    except ValueError as error:
+        raise CheckpointError(f"{request.name}: {error}; use weights fp32") from None
 
 
 def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> np.ndarray:

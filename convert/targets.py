@@ -20,7 +20,7 @@ from ..runtime.engines.coreml import CoremlEngine
 from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
-from ..runtime.program import TYPES, activation_type
+from ..runtime.program import INT8, TYPES, activation_type
 from . import native, onnx
 from .blame import native_worst, worst
 from .checkpoint import Checkpoint, ConvertError
@@ -153,7 +153,8 @@ class NativeTarget:
             plain = UNQUANTIZED[task.precision.activations]
         lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
         self.underflow.update(lost)
-        places = packing.layout(requests, TYPES[plain], few_bits)
+        narrow = task.precision.activations == INT8
+        places = packing.layout(requests, TYPES[plain], few_bits, narrow)
         matrices = [request for request in requests if request.is_matrix]
         self.names += [f"{name}/{source}" for r in matrices for source in r.sources]
         self.forms[name] = Counter(packing.NAMES[places[r.name].type] for r in matrices)

@@ -149,7 +149,7 @@ def _component(
     requests = models.weights(component, spec.config, spec.outputs)
     few_bits, kept = native.choose(component, requests, recipe)
     plain = TYPES[PLAIN.get(activations, activations)]
-    places = native.layout(requests, plain, few_bits)
+    places = native.layout(requests, plain, few_bits, activations == INT8)
     folder = staged / spec.path
     folder.mkdir(parents=True, exist_ok=True)
     raw = np.memmap(files.folder / WEIGHTS, np.uint8, "r")

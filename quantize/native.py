@@ -108,6 +108,13 @@ def choose(
     return few_bits, kept
 
 
+def check_forms(recipe: Recipe) -> None:
+    """Raise RecipeError if a form is none that the engine multiplies, whatever it is for."""
+    for form in (recipe.default, *(rule.form for rule in recipe.rules)):
+        if form.quantizes:
+            _type_of(form)
+
+
 def _type_of(form: Form) -> Type:
     if str(form) not in FORMS:
         raise RecipeError(f"weights {form}: the native target stores {', '.join(FORMS)}, not that")
@@ -115,17 +122,24 @@ def _type_of(form: Form) -> Type:
 
 
 def layout(
-    requests: Sequence[Packed], weights: Type, few_bits: Mapping[str, Type] | None = None
+    requests: Sequence[Packed],
+    weights: Type,
+    few_bits: Mapping[str, Type] | None = None,
+    narrow: bool = False,
 ) -> dict[str, Weight]:
-    """Where each tensor lies in the file, one after the other, by name."""
+    """Where each tensor lies in the file, one after the other, by name.
+
+    `narrow`: what is multiplied with int8 is rounded to int8, as in `read_index`.
+    """
     places: dict[str, Weight] = {}
     end = 0
     for request in requests:
         kind = request.type((few_bits or {}).get(request.name, weights))
         start = round_up(end, PAGE if request.is_matrix else LINE)
         size, scales = request.bytes(kind)
+        scaled = bool(request.scales(kind))
         places[request.name] = Weight(
-            kind, start, size, start + scales if request.scales(kind) else None
+            kind, start, size, start + scales if scaled else None, narrow and scaled
         )
         end = start + size
     return places

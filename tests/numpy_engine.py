@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from ferrotype.kernels import LANES, NO_WEIGHT, Act, Kind, Type
+from ferrotype.tests.kernels_cases import int8_pixels
 
 DTYPES = {Type.F32: np.float32, Type.BF16: np.uint16, Type.F16: np.float16, Type.I32: np.int32}
 ABOVE, BELOW = 1, 2  # ft_op.band: rows of the same image are there, where else is a border
@@ -145,15 +146,60 @@ def activate(x, act):
 # --- ops ----------------------------------------------------------------------------------------
 
 
+def few_bits(data, kind, shape, sources):
+    """What packed int8 or int4 stands for: (matrices, blocks, 16, taps, k) in float64.
+
+    `sources`: the padded channels of each, k in all.  Scales of int8 are at the end of `data`.
+    """
+    matrices, blocks, lanes, taps, k = shape
+    if kind == Type.I8:
+        scales = data[-4 * matrices * blocks * lanes :].view(np.float32).astype(np.float64)
+        fours = data[: math.prod(shape)].view(np.int8).reshape(matrices, blocks, taps, -1, lanes, 4)
+        values = fours.transpose(0, 1, 4, 2, 3, 5).reshape(shape)
+        return values * scales.reshape(matrices, blocks, lanes, 1, 1)
+    found, start = np.empty(shape), 0
+    rows, first = data.reshape(matrices, blocks, taps, -1), 0
+    for size in (min(32, count - i) for count in sources for i in range(0, count, 32)):
+        scales = np.ascontiguousarray(rows[..., start : start + 2 * lanes]).view(np.float16)
+        start += 2 * lanes
+        both = rows[..., start : start + size * lanes // 2]
+        start += both.shape[-1]
+        four = np.stack([both & 15, both >> 4], -1).astype(np.int8)  # of which 8..15 are negative
+        eights = ((four ^ 8) - 8).reshape(matrices, blocks, taps, -1, lanes, 8)
+        values = eights.transpose(0, 1, 4, 2, 3, 5).reshape(matrices, blocks, lanes, taps, size)
+        scales = scales.astype(np.float64).transpose(0, 1, 3, 2)[..., None]
+        found[..., first : first + size] = values * scales
+        first += size
+    assert (start, first) == (rows.shape[-1], k)
+    return found
+
+
 def matrices(m, op, taps, k, blocks):
     """(taps, k, outputs) of packed weights."""
     kind = Type(op.weight_type)
     parities = 4 if op.upsample else 1
+    if kind in (Type.I8, Type.I4):
+        w = few_bits_of(m, op, kind, (parities, blocks, LANES, taps, k))
+        return w.transpose(0, 3, 4, 1, 2).reshape(parities, taps, k, blocks * LANES)
     raw = widen(m.weight(op.weight, kind, parities * blocks * taps * k * LANES), kind)
     if kind == Type.BF16:
         raw = raw.reshape(-1, k // 2, LANES, 2).swapaxes(2, 3)
     w = raw.reshape(parities, blocks, taps, k, LANES)
     return w.transpose(0, 2, 3, 1, 4).reshape(parities, taps, k, blocks * LANES)
+
+
+def few_bits_of(m, op, kind, shape):
+    """int4 is rounded to the type of activations; int8 is exact in it, and scaled afterwards."""
+    sources = [padded(t.c) for t in (op.a, op.b) if t.h]
+    assert op.weight % 64 == 0
+    if kind == Type.I8:
+        assert op.scales % 64 == 0
+        data = m.weights[op.weight : op.scales + 4 * math.prod(shape[:3])]
+        return few_bits(data, kind, shape, sources)
+    groups = sum(-(-count // 32) for count in sources)
+    size = math.prod(shape) // 2 + shape[0] * shape[1] * shape[3] * groups * 2 * LANES
+    found = few_bits(m.weights[op.weight : op.weight + size], kind, shape, sources)
+    return widen(narrow(found, Type(op.a.type)), Type(op.a.type))
 
 
 def matmul(m, op):
@@ -164,8 +210,11 @@ def matmul(m, op):
         if op.side == 3
         else m.read(op.a)
     )
-    if op.b.h:
-        a = np.concatenate([a, m.read(op.b)], axis=-1)
+    sources = [a, m.read(op.b)] if op.b.h else [a]
+    if op.narrow:
+        assert op.weight_type == Type.I8
+        sources = [int8_pixels(source) for source in sources]
+    a = np.concatenate(sources, axis=-1)
     side = 2 if op.upsample else op.side
     w = matrices(m, op, side * side, a.shape[-1], blocks)
     if op.upsample:

@@ -528,8 +528,8 @@ def test_an_sdxl_converts_and_its_stages_are_counted(tmp_path, monkeypatch):
 def test_below_the_floor_it_fails_and_names_the_layer(tiny, tmp_path, monkeypatch, suffix):
     write = native.write
 
-    def damaging(checkpoint, component, requests, folder, weights):
-        lost = write(checkpoint, component, requests, folder, weights)
+    def damaging(checkpoint, component, requests, folder, *types):
+        lost = write(checkpoint, component, requests, folder, *types)
         if component == "unet":
             index = json.loads((folder / "weights.json").read_text())
             entry = index["tensors"][f"mid_block.resnets.0.{suffix}"]
@@ -570,8 +570,8 @@ def test_fixed_sizes_draw_only_those(tiny, tmp_path):
             OptionError,
             "the native target has bf16 with",
         ),
-        ({"weights": "w8"}, OptionError, "weights w8 with activations bf16: the native"),
-        ({"weights": Recipe.uniform("w8")}, OptionError, "reads no recipe"),
+        ({"weights": "p6"}, OptionError, "weights p6 with activations bf16: the native"),
+        ({"weights": Recipe.uniform("fp16")}, OptionError, "the recipe quantizes nothing"),
         ({"sizes": [(72, 64)]}, ConvertError, "size 72x64: 72 is no multiple of 16"),
         ({"options": CoremlOptions()}, ConvertError, "CoremlOptions are not for the target native"),
     ],
