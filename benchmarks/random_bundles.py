@@ -98,12 +98,30 @@ def write(
         return bundles.save(staged, folder, manifest)
 
 
+def forms(
+    component: str, packed: Sequence[Packed], weights: str, activations: str
+) -> tuple[str, dict[str, Type]]:
+    """What most matrices are stored as, and those in few bits, by name: where nothing is padded."""
+    if weights in TYPES:
+        return weights, {}
+    chosen, _ = choose(component, packed, recipes.Recipe.uniform(weights))
+    whole = {r.name for r in packed if r.is_matrix and _kept(r, Type.F32) is None}
+    few_bits = {name: kind for name, kind in chosen.items() if name in whole}
+    if weights == "w4":  # groups of one size
+        few_bits = {r.name: Type.I4 for r in packed if r.name in few_bits and _even(r)}
+    return UNQUANTIZED[activations], few_bits
+
+
+def _even(request: Packed) -> bool:
+    return all(padded(count) % GROUP == 0 for count in request.inputs)
+
+
 def write_weights(
     folder: Path,
     packed: Sequence[Packed],
     weights: str,
-    block: np.ndarray | None = None,
     few_bits: Mapping[str, Type] | None = None,
+    block: np.ndarray | None = None,
 ) -> None:
     """weights.bin and weights.json of random tensors; matrices are `weights` or `few_bits`."""
     if block is None:
@@ -149,13 +167,7 @@ def _component(
     if name in TEXT_ENCODERS and not is_xl:
         del outputs["pooler_output"]
     packed, (weights, activations) = models.weights(name, config, outputs), precision
-    if weights in TYPES:
-        write_weights(staged / name, packed, weights, block)
-    else:
-        chosen, _ = choose(name, packed, recipes.Recipe.uniform(weights))
-        whole = {r.name for r in packed if r.is_matrix and _kept(r, Type.F32) is None}
-        few_bits = {n: kind for n, kind in chosen.items() if n in whole}
-        write_weights(staged / name, packed, UNQUANTIZED[activations], block, few_bits)
+    write_weights(staged / name, packed, *forms(name, packed, weights, activations), block)
     return Component(name, config, inputs, outputs)
 
 

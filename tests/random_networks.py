@@ -11,6 +11,12 @@ from ferrotype.runtime import models
 PRECISIONS = [  # weights, activations
     ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"),
 ]  # fmt: skip
+FEW_BITS = [
+    ("w8", "bf16"),
+    ("w8", "int8"),
+    ("w4", "fp32"),
+    ("w4", "fp16"),
+]  # as random_bundles takes
 MORE = int(os.environ.get("FERROTYPE_EXAMPLES", "1"))  # times as many examples
 few = partial(settings, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 

@@ -31,8 +31,8 @@ from ferrotype.runtime.engines.native import (
 )
 from ferrotype.runtime.layout import IN_PLACE, lay_out
 from ferrotype.runtime.pipeline import EMBEDDED
-from ferrotype.runtime.program import TYPES
-from ferrotype.tests.random_networks import MORE, PRECISIONS, few, kl, tiny, vae
+from ferrotype.runtime.program import INT8, activation_type
+from ferrotype.tests.random_networks import FEW_BITS, MORE, PRECISIONS, few, kl, tiny, vae
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
 
@@ -56,7 +56,7 @@ def networks(draw, most):
     size = draw(st.tuples(sides, sides))
     if component == "vae_encoder":
         size = size[0] * scale, size[1] * scale
-    return Network(component, config, size, *draw(st.sampled_from(PRECISIONS)))
+    return Network(component, config, size, *draw(st.sampled_from([*PRECISIONS, *FEW_BITS])))
 
 
 class Network:
@@ -69,12 +69,13 @@ class Network:
         packed = models.weights(component, config, outputs)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            random_bundles.write_weights(folder, packed, weights)
-            places = read_index(folder, packed)
+            forms = random_bundles.forms(component, packed, weights, activations)
+            random_bundles.write_weights(folder, packed, *forms)
+            places = read_index(folder, packed, activations == INT8)
             data = np.fromfile(folder / WEIGHTS, np.uint8)
         self.weights = kernels.aligned(data.nbytes)
         self.weights[:] = data
-        kind = TYPES[activations]
+        kind = activation_type(activations)
         self.files = Files(component, config, outputs, Path(), places, data.nbytes, kind)
         rng = np.random.default_rng(1)
         self.inputs = {
@@ -132,10 +133,12 @@ def test_scalar_bands_give_the_bytes_of_the_whole(network, rows, data):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", PRECISIONS, ids="-".join)
+@pytest.mark.parametrize("precision", [*PRECISIONS, *FEW_BITS], ids="-".join)
 def test_every_type_on_every_instruction_set(isa, precision):
     for component, size in (("vae_decoder", (3, 5)), ("vae_encoder", (40, 24))):
-        network = Network(component, vae([16, 32, 48, 48]), size, *precision)
+        network = Network(component, vae([16, 32, 48, 64]), size, *precision)
+        types = {place.type.name for place in network.files.places.values()}
+        assert precision not in FEW_BITS or types & {"I8", "I4"}
         whole = network.run(isa=isa)
         for keep in network.keeps()[::3]:
             assert network.run(Bands(8, keep), 2, isa) == whole

@@ -24,7 +24,7 @@ from ferrotype.runtime.engines.native import NativeEngine, narrow, read_output, 
 from ferrotype.runtime.layout import lay_out
 from ferrotype.runtime.models.taesd import LOG_VARIANCE
 from ferrotype.runtime.pipeline import EMBEDDED
-from ferrotype.runtime.program import TYPES, GraphError, Weight
+from ferrotype.runtime.program import STORED, GraphError, Weight, activation_type
 from ferrotype.tests import numpy_engine
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ FP32 = 1e-4  # relative error of a network in fp32: norm of the difference by th
 BF16, FP16 = 3e-2, 4e-3
 NO_ENGINE = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
 
-NAMES = {kind: name for name, kind in TYPES.items()}
+NAMES = {kind: name for name, kind in STORED.items()}
 ENDS = {"bos_token_id": 2046, "eos_token_id": 2047, "pad_token_id": 2047}
 CLIP = ENDS | TINY["text_encoder"]
 UNET, VAE = TINY["unet"], TINY["vae"]
@@ -125,18 +125,18 @@ class Network:
             for k, v in self.module.state_dict().items()
         }
 
-    def parts(self, weights):
+    def parts(self, weights, narrow=False):
         """Every tensor of the weights file: what was asked for, its place and its bytes."""
         arrays = self.arrays()
-        places = native.layout(self.packed, TYPES[weights])
+        places = native.layout(self.packed, STORED[weights], narrow=narrow)
         for request in self.packed:
             sources = [arrays[source] for source in request.sources]
             yield request, places[request.name], native.pack(request, sources, weights)
 
-    def files(self, weights):
+    def files(self, weights, narrow=False):
         """Places in the weights file, and its bytes; matrices are `weights`."""
         places, pieces = {}, []
-        for request, place, data in self.parts(weights):
+        for request, place, data in self.parts(weights, narrow):
             assert data.size == place.bytes
             places[request.name] = place
             pieces += [np.zeros(place.offset - sum(map(len, pieces)), np.uint8), data]
@@ -279,8 +279,9 @@ def interpret(name, size, weights="fp32", activations="fp32"):
     net = network(name)
     feed = net.feed(size)
     shapes = {n: v.shape for n, v in feed.items()}
-    graph = models.build(net.component, net.config, shapes, TYPES[activations], net.outputs)
-    places, data = net.files(weights)
+    kind = activation_type(activations)
+    graph = models.build(net.component, net.config, shapes, kind, net.outputs)
+    places, data = net.files(weights, activations == "int8")
     placed = lay_out(graph, places, lambda op: 100 + op.kind)
     machine = numpy_engine.Machine(placed.arena_bytes, data)
     run_checked(graph, placed, machine, feed)
@@ -368,8 +369,42 @@ def test_engine_in_16_bits_is_torchs_within_its_precision(
     assert error(on_engine(tmp_path, name, size, weights, activations), expected) <= bound
 
 
+FEW_BITS_RUNS = [  # weights, activations, how far the engine is from the oracle on the same weights
+    ("int8", "fp32", FP32), ("int4", "fp32", FP32),
+    ("int8", "fp16", FP16), ("int4", "fp16", FP16),
+    ("int8", "bf16", BF16), ("int4", "bf16", BF16),
+    ("int8", "int8", 2 * BF16),  # where the last bit differs, a pixel may round to another 127th
+]  # fmt: skip
+
+
 @NO_ENGINE
-@pytest.mark.parametrize("activations", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights, activations, bound", FEW_BITS_RUNS)
+@pytest.mark.parametrize(
+    "name", ["clip", "clip-xl-2", "unet", "unet-sliced", "vae_decoder-odd", "vae_encoder-wide"]
+)
+def test_engine_in_few_bits_is_the_oracle(tmp_path, name, weights, activations, bound):
+    size = CASES[name][2][0]
+    expected = interpret(name, size, weights, activations)
+    assert error(on_engine(tmp_path, name, size, weights, activations), expected) <= bound
+
+
+# Twice what these networks come to: a step is a 127th or a 7th of the largest of its row.
+NEAR = {("int8", "fp32"): 0.05, ("int4", "fp32"): 0.6, ("int8", "int8"): 0.1}
+
+
+@pytest.mark.parametrize("name", ["clip", "unet", "vae_decoder"])
+@pytest.mark.parametrize("weights, activations", NEAR)
+def test_graph_in_few_bits_is_near_torchs(name, weights, activations):
+    """The weights mean what they were made of, whatever both readers agree on."""
+    size = CASES[name][2][0]
+    expected = network(name).reference(network(name).feed(size))
+    assert (
+        error(interpret(name, size, weights, activations), expected) <= NEAR[weights, activations]
+    )
+
+
+@NO_ENGINE
+@pytest.mark.parametrize("activations", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["clip", "unet", "vae_decoder"])
 def test_engine_gives_the_same_bytes_with_any_threads_and_on_every_run(tmp_path, name, activations):
     bundle = make_bundle(tmp_path, name, activations, activations)
@@ -427,7 +462,7 @@ def spoil(index, name):
         "unknown tensor 'zero'": lambda: index["tensors"].update(zero=entry),
         "another form": lambda: entry.update(form="vector"),
         "no type": lambda: entry.update(type=["fp32"]),
-        "is of no type": lambda: entry.update(type="int4"),
+        "is of no type": lambda: entry.update(type="int2"),
         "shape": lambda: entry.update(shape=[1]),
         "has not": lambda: entry.update(bytes=entry["bytes"] - 64),
         "is not at a multiple": lambda: entry.update(offset=entry["offset"] + 4),

@@ -32,7 +32,7 @@ from ferrotype.runtime.engines import native
 from ferrotype.runtime.memory import KIB, MIB
 from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
 from ferrotype.runtime.plan import Refusal, Run
-from ferrotype.tests.random_networks import MORE, PRECISIONS, configs, few
+from ferrotype.tests.random_networks import FEW_BITS, MORE, PRECISIONS, configs, few
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="the native engine is not built"),
@@ -101,7 +101,7 @@ def smallest(bundle, run, threads=None, **more):
 
 @st.composite
 def models(draw):
-    return draw(configs()), draw(st.sampled_from(PRECISIONS))
+    return draw(configs()), draw(st.sampled_from([*PRECISIONS, *FEW_BITS]))
 
 
 @few(max_examples=4 * MORE)

@@ -21,11 +21,14 @@ import pytest
 
 from ferrotype import bundle as bundles
 from ferrotype import kernels
+from ferrotype.benchmarks import random_bundles
+from ferrotype.benchmarks.checkpoints import TINY
 from ferrotype.kernels import KernelError, Kind, Op, Program, Range, Tensor, Type
 from ferrotype.runtime import models
 from ferrotype.runtime.engines.native import WEIGHTS, Fit, NativeEngine
 from ferrotype.runtime.pipeline import EMBEDDED
 from ferrotype.runtime.window import schedule
+from ferrotype.tests.random_networks import FEW_BITS
 from ferrotype.tests.test_kernels import SEED, thread_count, threads_become
 
 CAN = kernels.available() and kernels.can_stream()
@@ -207,7 +210,21 @@ def test_what_the_system_has_forgotten_is_read_again(rows):
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
 def test_the_embedded_components_stream_at_their_floor(component):
-    bundle = bundles.load(EMBEDDED)
+    stream_at_the_floor(bundles.load(EMBEDDED), component)
+
+
+@pytest.mark.parametrize("weights, activations", FEW_BITS)
+def test_weights_in_few_bits_stream_with_their_scales(weights, activations, tmp_path):
+    unet = TINY["unet"] | {"block_out_channels": [32, 64], "attention_head_dim": 8}
+    configs = TINY | {"unet": unet}
+    bundle = random_bundles.write(tmp_path / "few", configs, weights, activations, (64, 64))
+    index = (bundle.path("unet") / "weights.json").read_text()
+    assert f'"int{weights[1:]}"' in index
+    stream_at_the_floor(bundle, "unet")
+
+
+def stream_at_the_floor(bundle, component):
+    """The bytes of the mapped file in the smallest window, in one twice as large; none below."""
     spec = bundle.manifest.components[component]
     width, height = bundle.manifest.sizes.default
     side = 1 if component == "vae_encoder" else 8
@@ -427,6 +444,8 @@ PRELUDE = """
 import ctypes, mmap, os, signal, sys, threading, time
 from pathlib import Path
 from ferrotype import kernels
+from ferrotype.benchmarks import random_bundles
+from ferrotype.benchmarks.checkpoints import TINY
 from ferrotype.kernels import KernelError, Program, Range
 from ferrotype.tests.test_stream import linears
 
