@@ -275,7 +275,7 @@ def test_it_takes_less_of_the_disk(converted):
         assert not [w for w in weights if w.dtype.itemsize == 4 and w.bytes > 8192]
 
 
-def test_it_is_planned_and_kept_within_its_plan(converted):
+def test_it_is_planned_and_there_is_one_way_to_run_it(converted):
     _, made = converted
     shown = invoke("plan", made.folder, "--size", "64x64")
     assert shown.exit_code == 0, shown.output
