@@ -15,7 +15,7 @@ from ferrotype.convert import ConvertError, convert, native
 from ferrotype.convert.checkpoint import CheckpointError
 from ferrotype.kernels import Type
 from ferrotype.quantize.native import choose, layout
-from ferrotype.quantize.recipe import Form, Recipe, RecipeError
+from ferrotype.quantize.recipe import Form, Recipe, RecipeError, Rule, parse
 from ferrotype.quantize.weights import quantize
 from ferrotype.runtime import models
 from ferrotype.runtime.engines.native import NativeEngine, read_index
@@ -260,10 +260,17 @@ def test_what_a_recipe_leaves_alone_has_a_reason():
     assert kept == dict.fromkeys(["ff.weight", "skip.weight"], "fewer than 2048 values")
 
 
+def test_tensors_that_are_joined_take_the_form_of_the_first():
+    joined = Packed("qkv", "matmul", ("q.weight", "k.weight", "v.weight"), 96, (32,))
+    rules = tuple(Rule(f"unet/{n}.*", parse(form)) for n, form in (("q", "w4"), ("v", "fp16")))
+    chosen, _ = choose("unet", [joined], Recipe(parse("w8"), rules))
+    assert chosen == {"qkv": Type.I4}
+
+
 @pytest.mark.parametrize("form", ["p6", "w8t", "w8a", "w4c", "w4b16"])
 def test_a_form_that_the_engine_does_not_multiply_is_refused(form):
     with pytest.raises(RecipeError, match=f"weights {form}: the native target stores w8, w4, not"):
-        choose("unet", FILE, Recipe(Recipe.uniform(form).default, minimum=0))
+        choose("unet", FILE, Recipe(parse(form), minimum=0))
 
 
 # --- the target ---------------------------------------------------------------------------------
