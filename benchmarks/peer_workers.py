@@ -158,14 +158,14 @@ def prepare(peer: Peer, folder: Path, size: Size) -> None:
             raise PeerError(f"{target.name} was not made: {error.stderr.strip()}") from None
 
 
-def environment(folder: Path) -> Path:
+def environment(folder: Path, name: str = "environment", more: tuple[str, ...] = ()) -> Path:
     """The Python of a virtual environment with OpenVINO, which also sees this one's packages."""
-    place = folder / "environment"
+    place = folder / name
     python = place / "bin" / "python"
     ready = place / "ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-qq", OPENVINO], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-qq", OPENVINO, *more], check=True)
         query = "import sysconfig; print(sysconfig.get_path('purelib'))"
         own = measure.run(str(python), "-c", query).stdout.strip()
         shared = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]

@@ -1,0 +1,201 @@
+"""What fewer bits do to time and memory: Stable Diffusion 1.5 shapes on our own engine.
+
+    python benchmarks/few_bits.py --folder bundles --check     # writes results/few_bits.md
+
+U-Net steps of all bundles in turn, in one process, every other round in the opposite order; then a
+picture of each in a fresh process, with the kernel's high-water mark.  The folder keeps random
+bundles of the exact architecture (8 GB), which are made in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from ferrotype import bundle as bundles
+from ferrotype import kernels
+from ferrotype.benchmarks import checkpoints, measure, random_bundles
+from ferrotype.bundle import Bundle
+from ferrotype.kernels import Type
+from ferrotype.runtime import memory, models
+from ferrotype.runtime.engines.native import NativeEngine
+from ferrotype.runtime.memory import MIB
+from ferrotype.runtime.pipeline import Pipeline
+
+SIZE = (512, 512)
+STEPS = 1  # of the picture whose memory is measured
+READ = ("text_encoder", "unet", "vae_decoder")
+PRECISIONS = {  # by name: weights and activations
+    "bf16": ("bf16", "bf16"),
+    "w8": ("w8", "bf16"),
+    "w8, int8": ("w8", "int8"),
+    "w4": ("w4", "bf16"),
+    "fp32": ("fp16", "fp32"),  # fp16 in the file, fp32 in arithmetic
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """Bundles in turn on an instruction set, the first being what the others are held against."""
+
+    isa: str
+    names: tuple[str, ...]
+    limits: dict[str, float]
+
+
+MATCHES = (
+    Match("", ("bf16", "w8", "w8, int8", "w4"), {"w8, int8": 0.75, "w4": 1.1}),
+    Match("avx512vnni", ("fp32", "w8, int8"), {"w8, int8": 0.6}),
+    Match("avx2", ("fp32", "w8, int8"), {"w8, int8": 0.6}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="keep the bundles here")
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s, and a warm-up")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        print(json.dumps(draw(chosen.worker)))
+        return
+    lines, missed = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        made = {name: prepare(folder, name) for name in PRECISIONS}
+        for match in MATCHES:
+            if match.isa and match.isa not in kernels.isas():
+                lines += [f"## {match.isa}", "", "This machine does not run it.", ""]
+                continue
+            rows, below = compare(match, made, chosen.rounds)
+            lines += [*rows, ""]
+            missed += below
+        lines += measure_memory(made)
+    report = "\n".join([*head(chosen.rounds), *lines])
+    (measure.RESULTS / "few_bits.md").write_text(report)
+    print(report)
+    if chosen.check and missed:
+        sys.exit("\n".join(["missed:", *missed]))
+
+
+def prepare(folder: Path, name: str) -> Bundle:
+    weights, activations = PRECISIONS[name]
+    out = folder / f"sd15-{weights}-{activations}.ferro"
+    if not out.exists():
+        random_bundles.write(out, checkpoints.SD15, weights, activations, SIZE)
+    return bundles.load(out)
+
+
+def head(rounds: int) -> list[str]:
+    return [
+        "# Fewer bits: time and memory",
+        "",
+        "`python benchmarks/few_bits.py --check`",
+        "",
+        f"{measure.describe()}; 2 threads.",
+        "",
+        "Stable Diffusion 1.5 shapes, random weights, 512x512.  Times are medians of "
+        f"{rounds} rounds in which all take turns; fp32 is arithmetic, its weights are fp16.",
+        "",
+    ]
+
+
+def compare(match: Match, made: dict[str, Bundle], rounds: int) -> tuple[list[str], list[str]]:
+    """U-Net steps in turn: the lines of the table, and the bars that are missed."""
+    isa = match.isa or None
+    engines = {name: NativeEngine(made[name], "unet", 2, isa) for name in match.names}
+    inputs = unet_inputs(made[match.names[0]])
+    times: dict[str, list[float]] = {name: [] for name in match.names}
+    for i in range(rounds + 1):
+        for name in match.names if i % 2 else reversed(match.names):
+            began = time.perf_counter()
+            engines[name](inputs)
+            times[name].append(time.perf_counter() - began)
+    first = match.names[0]
+    found = isa or kernels.isas()[0]
+    rates = {kind: kernels.ceiling(found, kind, 2) / 1e9 for kind in (Type.F32, Type.BF16, Type.I8)}
+    told = ", ".join(f"{kind.name} {rate:,.0f}" for kind, rate in rates.items() if rate)
+    lines = [
+        f"## A U-Net step, {found}", "",
+        f"Ceilings of bare multiply-accumulates in GFLOP/s: {told}.", "",
+        f"| weights, activations | to {first} | spread | bar |", "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    missed = []
+    for name in match.names:
+        ratio = median(pairwise(times[name][1:], times[first][1:]))
+        spread = f"{min(times[name][1:]):.2f}..{max(times[name][1:]):.2f} s"
+        limit = match.limits.get(name)
+        lines.append(f"| {name} | {ratio:.2f}x | {spread} | {limit or ''} |")
+        if limit and ratio > limit:
+            missed.append(f"{found}: {name} takes {ratio:.2f}x of {first}, the bar is {limit}")
+    del engines
+    gc.collect()
+    return lines, missed
+
+
+def pairwise(ours: Sequence[float], theirs: Sequence[float]) -> Iterator[float]:
+    """Ratios within a round, so that what slows down a whole round does not count."""
+    return (a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def unet_inputs(bundle: Bundle) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    spec = bundle.component("unet")
+    shapes = models.sizes("unet", spec.config, SIZE, 77)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def measure_memory(made: dict[str, Bundle]) -> list[str]:
+    lines = [
+        "## Memory of a picture", "",
+        "MiB; peaks are above the process as it was before the bundle was opened.", "",
+        "| weights, activations | on disk | predicted peak | measured | to bf16 |",
+        "|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    first = 0.0
+    for name, bundle in made.items():
+        command = [sys.executable, __file__, "--worker", str(bundle.folder)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout)
+        first = first or found["measured"]
+        disk = sum(bundle.bytes_of(part) for part in READ)
+        lines.append(
+            f"| {name} | {disk / MIB:,.0f} | {found['predicted'] / MIB:,.0f} "
+            f"| {found['measured'] / MIB:,.0f} | {found['measured'] / first:.2f}x |"
+        )
+    return [*lines, ""]
+
+
+def draw(folder: Path) -> dict[str, int]:
+    """One picture in this process: what the plan says it takes, and what it took."""
+    memory.trim()
+    before = memory.read()
+    assert before, "this system does not tell what a process takes"
+    memory.reset_peak()
+    pipe = Pipeline.load(folder, threads=2)
+    *_, last = pipe.steps("a red apple", steps=STEPS, size=SIZE)
+    pipe.decode(last.latents)
+    after = memory.read()
+    assert after
+    assert pipe.planned
+    return {"predicted": pipe.planned.peak, "measured": after.peak - before.resident}
+
+
+if __name__ == "__main__":
+    main()
