@@ -177,7 +177,10 @@ def _component(
 def _default_shapes(source: Bundle, component: str) -> models.Shapes:
     spec, manifest = source.component(component), source.manifest
     tokens = max(tokenizer.max_length for tokenizer in manifest.tokenizers.values())
-    return models.sizes(component, spec.config, manifest.sizes.default, tokens)
+    levels = len(source.component("vae_decoder").config["block_out_channels"])
+    side = 1 if component == "vae_encoder" else 2 ** (levels - 1)  # pixels, or latents
+    width, height = manifest.sizes.default
+    return models.sizes(component, spec.config, (width // side, height // side), tokens)
 
 
 def written(

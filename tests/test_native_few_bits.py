@@ -14,6 +14,7 @@ from ferrotype.bundle import BundleError
 from ferrotype.convert import ConvertError, convert, native
 from ferrotype.convert.checkpoint import CheckpointError
 from ferrotype.kernels import Type
+from ferrotype.quantize.apply import quantize_bundle
 from ferrotype.quantize.native import choose, layout
 from ferrotype.quantize.recipe import Form, Recipe, RecipeError, Rule, parse
 from ferrotype.quantize.weights import quantize
@@ -381,6 +382,19 @@ def test_the_memory_stated_is_what_the_engine_takes(converted):
         engine = NativeEngine(made, name, threads=4)
         planned = engine.layout(models.sizes(name, part.config, (side, side)))
         assert planned.arena_bytes + engine.weight_bytes == part.memory["4 threads"].total
+
+
+@NO_ENGINE
+def test_a_bundle_that_is_quantized_later_is_the_one_that_was_converted(tiny, converted, tmp_path):
+    """Without statistics, and from weights of which nothing was lost."""
+    whole = convert(tiny, tmp_path / "fp32.ferro", "native", "fp32")
+    later = quantize_bundle(whole, tmp_path / "w8.ferro", Recipe.uniform("w8"), "int8")
+    made = converted("w8", "int8")
+    assert later.manifest.precision == made.manifest.precision
+    assert later.manifest.components == made.manifest.components
+    for name in made.manifest.components:
+        for file in ("weights.bin", "weights.json"):
+            assert later.manifest.files[f"{name}/{file}"] == made.manifest.files[f"{name}/{file}"]
 
 
 def recipe_of(path, default, *rules):
