@@ -193,6 +193,8 @@ def draw(folder: Path) -> dict[str, int]:
     pipe.decode(last.latents)
     after = memory.read()
     assert after
+    assert after.peak
+    assert before.resident
     assert pipe.planned
     return {"predicted": pipe.planned.peak, "measured": after.peak - before.resident}
 

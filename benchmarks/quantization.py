@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -260,9 +261,13 @@ def measure_onnxruntime(bundle: Bundle, original: Sequence[np.ndarray], folder: 
         except Exception as error:  # theirs, of any kind: the table says so
             rows.append(Row(f"{name}: fails, {str(error).splitlines()[0][-120:]}", bits, 0, [0.0]))
             continue
-        pipe = Pipeline(bundle, resident=True, opener=lambda _, n, s=sessions: s[n])
+        pipe = Pipeline(bundle, resident=True, opener=partial(_session, sessions))
         rows.append(Row(name, bits, size, compared(original, pipe)))
     return rows
+
+
+def _session(sessions: dict[str, Session], _: Bundle, name: str) -> Session:
+    return sessions[name]
 
 
 def quantized_sessions(

@@ -310,7 +310,7 @@ class _Variable:
         self._plain = self.files
         self.raw = np.memmap(self.files.folder / WEIGHTS, np.uint8, "r")
         self._end = round_up(self.files.bytes, native.PAGE)
-        self._weights = self.raw
+        self._weights: np.ndarray = self.raw
         self._programs: dict[tuple, Any] = {}
 
     def place(self, request: Packed, kind: Type, narrow: bool) -> Weight:
