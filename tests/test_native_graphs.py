@@ -388,6 +388,18 @@ def test_engine_in_few_bits_is_the_oracle(tmp_path, name, weights, activations, 
     assert error(on_engine(tmp_path, name, size, weights, activations), expected) <= bound
 
 
+@NO_ENGINE
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+def test_pixels_become_int8_where_weights_are_if_the_bundle_says_so(tmp_path, weights, activations):
+    net = network("unet")
+    engine = NativeEngine(net.write(tmp_path, weights, activations), "unet", 1)
+    ops = engine.program(models.sizes("unet", net.config, (8, 8), 7)).ops
+    products = [op for op in ops if op.kind == Kind.MATMUL]
+    assert {Type(op.weight_type) for op in products} == {STORED[weights]}
+    assert {op.narrow for op in products} == {int(weights == activations == "int8")}
+
+
 # Twice what these networks come to: a step is a 127th or a 7th of the largest of its row.
 NEAR = {("int8", "fp32"): 0.05, ("int4", "fp32"): 0.6, ("int8", "int8"): 0.1}
 
