@@ -24,7 +24,7 @@ from ferrotype.parity import floors, psnr
 from ferrotype.quantize.recipe import Recipe, RecipeError, Rule, parse
 from ferrotype.quantize.weights import quantize
 from ferrotype.runtime.engines import onnx_memory
-from ferrotype.runtime.engines.onnx import OnnxEngine
+from ferrotype.runtime.engines.onnx import OnnxEngine, _session
 from ferrotype.runtime.engines.onnx_weights import externals
 from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 
@@ -293,6 +293,40 @@ def test_every_weight_is_lent_and_none_is_folded(converted):
     graph = onnx.load(made.path("unet/model.onnx"), load_external_data=False).graph
     assert {w.name for w in weights} == {i.name for i in graph.initializer if i.external_data}
     assert len(engine._borrowed) == len(weights)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (3, 5)], ids=str)
+def test_int4_that_ends_with_its_file_is_lent(tmp_path, shape):
+    """The first is a page, so that whoever read a byte to a value would leave the mapping."""
+    rng, count = np.random.default_rng(0), math.prod(shape)
+    values, scale = rng.integers(-8, 8, shape), rng.random(shape[0], np.float32)
+    data = nibbles(np.append(values, [0] * (count % 2)))
+    (tmp_path / "model.onnx.data").write_bytes(data)
+    weight = onnx.TensorProto(data_type=INT4, dims=shape, name="w", data_location=1)
+    where = {"location": "model.onnx.data", "offset": "0", "length": str(len(data))}
+    for key, value in where.items():
+        weight.external_data.add(key=key, value=value)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"], axis=0)],
+        "g",
+        [],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [weight, onnx.numpy_helper.from_array(scale, "s")],
+    )
+    opset = onnx.helper.make_opsetid("", 21)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    assert [w.packed for w in externals(path)] == [True]
+    borrowed = []
+    session = _session(path, 1, borrowed, folding=False)
+    assert len(borrowed) == 1
+    assert np.array_equal(session.run(None, {})[0], values.astype(np.float32) * scale[:, None])
+    where["length"] = str(count)  # a byte to a value
+    for entry in weight.external_data:
+        entry.value = where[entry.key]
+    graph.initializer[0].CopyFrom(weight)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    assert externals(path) == []
 
 
 # --- memory -------------------------------------------------------------------------------------
