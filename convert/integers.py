@@ -72,7 +72,10 @@ def _integers(name: str, array: np.ndarray, form: Form) -> Integers:
 
 
 def _only_multiplied(value: ir.Value) -> bool:
-    return all(n.op_type in ("MatMul", "Gemm") and index == 1 for n, index in value.uses())
+    return all(
+        n.op_type in ("MatMul", "Gemm") and index == 1 and not n.attributes.get_int("transB", 0)
+        for n, index in value.uses()
+    )
 
 
 def _take_output_channels_first(graph: ir.Graph, reader: ir.Node) -> None:
