@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,6 +270,166 @@ def convert(
     for note in bundle.manifest.parity["notes"]:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
+
+
+# --- quantize -----------------------------------------------------------------------------------
+
+
+class Seeds(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "0,1,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        parts = value if isinstance(value, tuple) else value.split(",")
+        if not all(str(part).strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} is not seeds: whole numbers like 0,1,2", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE)
+@click.option("-o", "--output", type=BUNDLE, required=True, help="The bundle to write.")
+@click.option("--weights", metavar="FORM", help="w8, w4, or a recipe's file.")
+@click.option("--size-budget", type=Bytes(), metavar="450MB", help="Best forms of that size.")
+@click.option("--psnr-floor", type=float, metavar="DB", help="Smallest forms of that quality.")
+@click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    help="What it computes in; int8: with int8 weights.  Default: the bundle's.",
+)
+@click.option("--no-calibration", is_flag=True, help="Round without drawing first: faster, worse.")
+@click.option("--prompts", type=FILE, help="To calibrate with, one a line.  Default: eight.")
+@click.option("--seeds", type=Seeds(), default="0", show_default=True, help="To calibrate with.")
+@click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's.")
+@size_option
+@click.option("--recipe-out", type=FILE, help="Also write what was chosen, to use it again.")
+@click.option("-f", "--force", is_flag=True, help="Replace what is there.")
+@json_option
+def quantize(
+    bundle, output, weights, size_budget, psnr_floor, activations, no_calibration, prompts, seeds,
+    steps, size, recipe_out, force, as_json,
+):  # fmt: skip
+    """Make BUNDLE smaller: a native one whose weights are fp32, bf16 or fp16.
+
+    It draws a few pictures to see what every layer reads, rounds so that errors make up for each
+    other, compares the result with the original that the bundle carries, and draws other prompts
+    with both: their figures and a sheet, check/quantized.png, are kept in the new bundle.  With
+    --size-budget or --psnr-floor every layer is tried in every form first.
+
+    \b
+    Example:
+        ferrotype convert stable-diffusion-v1-5/ --target native --weights fp32 -o sd15.ferro
+        ferrotype quantize sd15.ferro --weights w8 --activations int8 -o sd15-w8.ferro
+        ferrotype quantize sd15.ferro --size-budget 600MB -o sd15-mixed.ferro
+    """
+    from .quantize import mixed, report
+    from .quantize.apply import quantize_bundle
+    from .quantize.calibrate import PROMPTS, calibrate
+    from .runtime import pictures
+
+    if sum(given is not None for given in (weights, size_budget, psnr_floor)) != 1:
+        raise click.UsageError("give one of --weights, --size-budget and --psnr-floor")
+    if (bundle / "model_index.json").is_file() and not (bundle / "manifest.json").exists():
+        raise click.UsageError(
+            f"{bundle} is a checkpoint: convert it first, ferrotype convert {bundle} "
+            "--target native --weights fp32 --activations fp32"
+        )
+    source, told = open_bundle(bundle), read_prompts(prompts) if prompts else list(PROMPTS)
+    if recipe_out:
+        pictures.check_free(recipe_out, force)
+    activations = activations or source.manifest.precision.activations
+    statistics = {}
+    if not no_calibration:
+        with Progress("calibrate", len(told)) as progress:
+            statistics = calibrate(source, told, seeds, size, steps, progress.stage)
+    if weights:
+        recipe = form_or_recipe(weights)
+    else:
+        measured = functools.partial(
+            mixed.measure, source, statistics, activations, told[:2], seeds[:1], size, steps
+        )
+        recipe = mixed_recipe(measured, source, size_budget, psnr_floor)
+    drawn: list[report.Drawn] = []
+
+    def evaluate(made: Bundle) -> dict[str, Any]:
+        drawn[:] = report.draw(source, made, steps=steps, size=size, progress=progress.stage)
+        report.sheet(drawn).save(made.folder / "check" / "quantized.png")
+        return report.figures(drawn)
+
+    total = 2 * len(source.manifest.components) + 1 + len(report.PROMPTS)
+    with Progress("quantize", total) as progress:
+        made = quantize_bundle(
+            source, output, recipe, activations, statistics, force, progress.stage, evaluate
+        )
+    if recipe_out:
+        with pictures.new_file(recipe_out, force) as stream:
+            stream.write(recipe.dump().encode())
+    if as_json:
+        click.echo(json.dumps({"bundle": str(output), "parity": made.manifest.parity}))
+        return
+    click.echo(parity_table(made.manifest.parity))
+    click.echo(
+        columns([*weights_rows(made.manifest.parity), *quantized_rows(made.manifest.parity)])
+    )
+    before, after = (weight_bytes(b) for b in (source, made))
+    click.echo(f"{output}  weights {mib(after)}, were {mib(before)}")
+
+
+def form_or_recipe(text: str) -> Any:
+    """A recipe: one form for all, or what a file says."""
+    from .quantize.recipe import Recipe
+
+    found = read_weights(text)
+    with usage():
+        return Recipe.uniform(found) if isinstance(found, str) else found
+
+
+def mixed_recipe(
+    measured: Callable, source: Bundle, size_budget: int | None, psnr_floor: float | None
+) -> Any:
+    """Every matrix in every form, and the best of them."""
+    from .quantize import mixed
+
+    total = sum(map(len, matrix_names(source).values()))
+    with Progress("try every layer", total) as progress:
+        table = measured(progress=lambda done, of: progress.advance(1))
+    if size_budget is not None:
+        return mixed.recipe_of(table, mixed.within(table, size_budget))
+    assert psnr_floor is not None
+    return mixed.recipe_of(table, mixed.at_least(table, psnr_floor))
+
+
+def matrix_names(bundle: Bundle) -> dict[str, list[str]]:
+    """The matrices of every component of a native bundle."""
+    from .runtime import models
+
+    return {
+        name: [r.name for r in models.weights(name, s.config, s.outputs) if r.is_matrix]
+        for name, s in bundle.manifest.components.items()
+    }
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    return sum(f.bytes for n, f in bundle.manifest.files.items() if n.endswith("/weights.bin"))
+
+
+def quantized_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What fewer bits did to pictures, where that was measured."""
+    try:
+        found = parity["quantized"]
+        count = len(found["pictures"])
+        mean = f"PSNR {found['mean_psnr']:.1f} dB, SSIM {found['mean_ssim']:.3f}"
+        worst = f"at worst {found['worst_psnr']:.1f} dB, {found['worst_ssim']:.3f}"
+        return [("pictures", f"{count} before and after: {mean}; {worst}", "")]
+    except (KeyError, TypeError, ValueError):  # it is free-form to the format
+        return []
 
 
 def check_only_for(owner: str, target: str, options: dict[str, Any]) -> None:
@@ -760,7 +920,8 @@ def describe(bundle: Bundle) -> str:
         ("sha256", bundle.sha256),
     ]  # fmt: skip
     more = columns([*weights_rows(m.parity), *memory_rows(bundle)])
-    tables = [columns(head), columns(parts), parity_table(m.parity), more]
+    pictures = columns(quantized_rows(m.parity))
+    tables = [columns(head), columns(parts), parity_table(m.parity), pictures, more]
     return "\n\n".join(filter(None, tables))
 
 

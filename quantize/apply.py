@@ -57,12 +57,15 @@ def quantize_bundle(
     statistics: Statistics | None = None,
     force: bool = False,
     progress: Progress = lambda stage: None,
+    evaluate: Callable[[Bundle], Mapping[str, Any]] = lambda made: {},
 ) -> Bundle:
     """Write `source` with the recipe's forms to `out`, compared with the recorded original.
 
     `activations` are those of the source if not given; `statistics` of calibrate make errors
-    smaller where they matter.  Raises RecipeError for a recipe that does not fit, ParityError below
-    a floor, BundleError if `source` is not a native bundle or `out` cannot be written.
+    smaller where they matter.  What `evaluate` returns of the bundle, to whose folder it may add,
+    is kept in its report as "quantized".  Raises RecipeError for a recipe that does not fit,
+    ParityError below a floor, BundleError if `source` is not a native bundle or `out` cannot be
+    written.
     """
     activations = activations or source.manifest.precision.activations
     precision = _precision(source, recipe, activations)
@@ -84,6 +87,8 @@ def quantize_bundle(
         if problem := next(check.problems(report), None):
             raise parity.ParityError(f"{out}: {problem}; a recipe may keep more of it")
         told = {**recorded, **report, "quantized_from": source.sha256}
+        if pictures := evaluate(made):
+            told["quantized"] = dict(pictures)
         return bundles.save(staged, out, dataclasses.replace(manifest, parity=told), force)
 
 
@@ -101,6 +106,7 @@ def _precision(source: Bundle, recipe: Recipe, activations: str) -> Precision:
         )
     if not recipe.least_bits:
         raise RecipeError("the recipe quantizes nothing")
+    native.check_forms(recipe)
     if recipe.model not in (None, source.manifest.model):
         raise RecipeError(
             f"the recipe was made for {recipe.model!r}, this is {source.manifest.model!r}"
@@ -158,9 +164,11 @@ def _component(
         for request in requests:
             place = places[request.name]
             file.write(bytes(place.offset - file.tell()))
-            data, psnr = written(
-                request, files, raw, place, statistics.get(f"{component}/{request.name}")
-            )
+            moments = statistics.get(f"{component}/{request.name}")
+            try:
+                data, psnr = written(request, files, raw, place, moments)
+            except ValueError as error:
+                raise RecipeError(f"{component}/{request.sources[0]}: {error}") from None
             file.write(data)
             if request.is_matrix:
                 form = native.NAMES[place.type]

@@ -28,6 +28,7 @@ from ..runtime.engines.native import (
     usable_threads,
     write_input,
 )
+from ..runtime.memory import format_bytes
 from ..runtime.pipeline import Pipeline
 from ..runtime.program import LINE, TYPES, Packed, Weight, round_up
 from ..runtime.seeds import SEEDS
@@ -113,7 +114,8 @@ def within(table: Table, budget: int) -> list[str]:
     least = sum(min(b for b, _ in choice.forms.values()) for choice in table.choices)
     if room < least:
         raise RecipeError(
-            f"a size of {budget:,} bytes cannot be met: the least is {table.rest + least:,}"
+            f"a size of {format_bytes(budget)} cannot be met: the least is "
+            f"{format_bytes(table.rest + least, up=True)}"
         )
     unit = max(1, room / UNITS)
     limit = int(room / unit)  # in units; sizes are rounded up to them
