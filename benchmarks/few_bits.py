@@ -154,7 +154,7 @@ def pairwise(ours: Sequence[float], theirs: Sequence[float]) -> Iterator[float]:
 def unet_inputs(bundle: Bundle) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     spec = bundle.component("unet")
-    shapes = models.sizes("unet", spec.config, SIZE, 77)
+    shapes = models.sizes("unet", spec.config, (SIZE[0] // 8, SIZE[1] // 8), 77)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
