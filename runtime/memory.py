@@ -413,6 +413,7 @@ class Trace:
         try:
             with self._lock:
                 self._close(*self._sample())
+                self._stop.set()  # no sample comes after it
         finally:
             self._end()
 
@@ -461,7 +462,8 @@ class Trace:
             warm.set()
             while not self._stop.wait(self._interval):
                 with self._lock:
-                    self._sample()
+                    if not self._stop.is_set():
+                        self._sample()
 
     def _sample(self) -> tuple[float, _Counts]:
         counts = self._counts()
