@@ -323,8 +323,9 @@ def quantize(
         ferrotype quantize sd15.ferro --weights w8 --activations int8 -o sd15-w8.ferro
         ferrotype quantize sd15.ferro --size-budget 600MB -o sd15-mixed.ferro
     """
+    from .bundle import staging
     from .quantize import mixed, report
-    from .quantize.apply import quantize_bundle
+    from .quantize.apply import check_quantizable, quantize_bundle
     from .quantize.calibrate import PROMPTS, calibrate
     from .runtime import pictures
 
@@ -339,13 +340,15 @@ def quantize(
     if recipe_out:
         pictures.check_free(recipe_out, force)
     activations = activations or source.manifest.precision.activations
+    recipe = form_or_recipe(weights) if weights else None
+    check_quantizable(source, recipe or form_or_recipe("w8"), activations)
+    with staging(output, force):  # refused now, not after the pictures
+        pass
     statistics = {}
     if not no_calibration:
         with Progress("calibrate", len(told)) as progress:
             statistics = calibrate(source, told, seeds, size, steps, progress.stage)
-    if weights:
-        recipe = form_or_recipe(weights)
-    else:
+    if recipe is None:
         measured = functools.partial(
             mixed.measure, source, statistics, activations, told[:2], seeds[:1], size, steps
         )

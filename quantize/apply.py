@@ -68,7 +68,8 @@ def quantize_bundle(
     written.
     """
     activations = activations or source.manifest.precision.activations
-    precision = _precision(source, recipe, activations)
+    check_quantizable(source, recipe, activations)
+    precision = Precision("mixed" if recipe.rules else str(recipe.default), activations)
     floors = parity.floors(f"{recipe.least_bits}-bit", activations)
     with bundles.staging(out, force) as staged:
         _copy_the_rest(source, staged)
@@ -92,7 +93,8 @@ def quantize_bundle(
         return bundles.save(staged, out, dataclasses.replace(manifest, parity=told), force)
 
 
-def _precision(source: Bundle, recipe: Recipe, activations: str) -> Precision:
+def check_quantizable(source: Bundle, recipe: Recipe, activations: str) -> None:
+    """Raise RecipeError for a bundle, a recipe or activations that do not go together."""
     if source.manifest.target != "native":
         raise RecipeError(
             f"{source.folder} is made for {source.manifest.target}: quantize a native bundle, or "
@@ -113,7 +115,6 @@ def _precision(source: Bundle, recipe: Recipe, activations: str) -> Precision:
         )
     if activations not in (*TYPES, INT8):
         raise RecipeError(f"activations {activations!r}: there is {', '.join((*TYPES, INT8))}")
-    return Precision("mixed" if recipe.rules else str(recipe.default), activations)
 
 
 def _copy_the_rest(source: Bundle, staged: Path) -> None:
