@@ -22,7 +22,6 @@ from .. import bundle as bundles
 from .._version import __version__
 from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Recipe, Sizes, Source
 from ..bundle import Tokenizer as TokenizerSpec
-from ..convert.options import UNQUANTIZED
 from ..kernels import LANES, Type
 from ..quantize import recipe as recipes
 from ..quantize.native import choose, layout, write_index
@@ -109,7 +108,7 @@ def forms(
     few_bits = {name: kind for name, kind in chosen.items() if name in whole}
     if weights == "w4":  # groups of one size
         few_bits = {r.name: Type.I4 for r in packed if r.name in few_bits and _even(r)}
-    return UNQUANTIZED[activations], few_bits
+    return recipes.UNQUANTIZED[activations], few_bits
 
 
 def _even(request: Packed) -> bool:

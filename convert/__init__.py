@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle import Precision
-from ..quantize.recipe import Recipe
+from ..quantize.recipe import UNQUANTIZED, Recipe
 from .checkpoint import ConvertError, OptionError
-from .options import UNQUANTIZED, CoremlOptions, NativeOptions, Options, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle

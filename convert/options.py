@@ -11,9 +11,6 @@ COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 ATTENTIONS = ("original", "split-einsum")
 LAYOUTS = ("ferrotype", "apple")
 MAX_CHUNKS = 16
-# What the native target stores of the weights that stay as they are where others are in few bits,
-# by what it computes in.
-UNQUANTIZED = {"bf16": "bf16", "fp32": "fp32", "fp16": "fp16", "int8": "bf16"}
 
 
 @dataclass(frozen=True)

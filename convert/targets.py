@@ -13,7 +13,7 @@ from .. import kernels, parity
 from ..bundle import Bundle, Component, Precision, Tensor
 from ..kernels import Type
 from ..quantize import native as packing
-from ..quantize.recipe import Recipe, RecipeError
+from ..quantize.recipe import UNQUANTIZED, Recipe
 from ..runtime import models
 from ..runtime.engines import Arrays, Engine
 from ..runtime.engines.coreml import CoremlEngine
@@ -25,7 +25,7 @@ from . import native, onnx
 from .blame import native_worst, worst
 from .checkpoint import Checkpoint, ConvertError
 from .modules import NORM_INPUT
-from .options import UNQUANTIZED, CoremlOptions, NativeOptions, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, TensorrtOptions
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -114,7 +114,7 @@ class OnnxTarget:
     def report(self) -> dict[str, Any]:
         told: dict[str, Any] = {"fp16_underflow": _lost_to_half(self.made)}
         if self.task.recipe.least_bits:
-            _check_used(self.task.recipe, _weights(self.made))
+            self.task.recipe.check_used(_weights(self.made))
             stored = {
                 name: Counter([*made["quantized"].values(), *(f for f, _ in made["kept"].values())])
                 for name, made in self.made.items()
@@ -178,7 +178,7 @@ class NativeTarget:
     def report(self) -> dict[str, Any]:
         told: dict[str, Any] = {"fp16_underflow": self.underflow.total()}
         if self.task.recipe.least_bits:
-            _check_used(self.task.recipe, self.names)
+            self.task.recipe.check_used(self.names)
             told["weights"] = {name: dict(forms) for name, forms in self.forms.items()}
             told["not_compressed"] = {name: dict(why) for name, why in self.kept.items()}
         return told
@@ -251,7 +251,7 @@ class CoremlTarget:
 
     def report(self) -> dict[str, Any]:
         names = [name for made in self.made.values() for name in made.seen]
-        _check_used(self.task.recipe, names)
+        self.task.recipe.check_used(names)
         return {
             "weights": {name: dict(made.forms) for name, made in self.made.items()},
             "not_compressed": {name: dict(made.kept) for name, made in self.made.items()},
@@ -319,7 +319,7 @@ class TensorrtTarget:
         }
 
     def report(self) -> dict[str, Any]:
-        _check_used(self.task.recipe, _weights(self.made))
+        self.task.recipe.check_used(_weights(self.made))
         plain = "fp16" if self.task.precision.activations == "fp16" else "fp32"
         weights, kept = {}, {}
         for component, made in self.made.items():
@@ -359,14 +359,6 @@ def _spans(sizes: tuple[Size, ...], scale: int) -> dict[str, tuple[int, int, int
         name: (scale * min(values), scale * values[0], scale * max(values))
         for name, values in (("width", widths), ("height", heights))
     }
-
-
-def _check_used(recipe: Recipe, names: list[str]) -> None:
-    if unused := recipe.unused(names):
-        raise RecipeError(
-            f"the recipe's pattern {unused[0]!r} is the first match of no weight: it would be "
-            "ignored, so mend or remove it"
-        )
 
 
 def needs(package: str, extra: str) -> ConvertError:

@@ -30,11 +30,10 @@ from ..runtime.program import (
 )
 from . import native
 from .calibrate import Statistics
-from .recipe import Recipe, RecipeError
+from .recipe import UNQUANTIZED, Recipe, RecipeError
 from .rounding import Rounder
 
 Progress = Callable[[str], None]
-PLAIN = {"int8": "bf16"}  # what is stored of the rest where activations are of no type of weights
 LEAST = 2  # pixels per input, below which second moments say nothing about most directions
 
 
@@ -113,8 +112,8 @@ def check_quantizable(source: Bundle, recipe: Recipe, activations: str) -> None:
         raise RecipeError(
             f"the recipe was made for {recipe.model!r}, this is {source.manifest.model!r}"
         )
-    if activations not in (*TYPES, INT8):
-        raise RecipeError(f"activations {activations!r}: there is {', '.join((*TYPES, INT8))}")
+    if activations not in UNQUANTIZED:
+        raise RecipeError(f"activations {activations!r}: there is {', '.join(UNQUANTIZED)}")
 
 
 def _copy_the_rest(source: Bundle, staged: Path) -> None:
@@ -134,11 +133,7 @@ def _check_used(recipe: Recipe, source: Bundle) -> None:
         if request.is_matrix
         for name in request.sources
     ]
-    if unused := recipe.unused(names):
-        raise RecipeError(
-            f"the recipe's pattern {unused[0]!r} is the first match of no weight: it would be "
-            "ignored, so mend or remove it"
-        )
+    recipe.check_used(names)
 
 
 # --- a component --------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def _component(
     spec, files = source.component(component), open_files(source, component)
     requests = models.weights(component, spec.config, spec.outputs)
     few_bits, kept = native.choose(component, requests, recipe)
-    plain = TYPES[PLAIN.get(activations, activations)]
+    plain = TYPES[UNQUANTIZED[activations]]
     places = native.layout(requests, plain, few_bits, activations == INT8)
     folder = staged / spec.path
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,8 +206,8 @@ def written(
         values, scales = native.to_int8(panel, rounder)
         matrix = native.together(values, 4).tobytes()
         gap = bytes(request.bytes(Type.I8)[1] - len(matrix))
-        data_ = matrix + gap + scales.astype("<f4").tobytes()
-        return data_, _snr(panel, values * scales[:, None, None])
+        whole = matrix + gap + scales.astype("<f4").tobytes()
+        return whole, _snr(panel, values * scales[:, None, None])
     sources = [padded(count) for count in request.inputs]
     values, scales = native.to_int4(panel, GROUP, sources, rounder)
     each = scales.astype(np.float32).repeat(native.group_sizes(sources, GROUP), 2)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,13 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.program import LINE, TYPES, Packed, Weight, round_up
 from ..runtime.seeds import SEEDS
 from . import native
-from .apply import PLAIN, written
+from .apply import written
 from .calibrate import PROMPTS, CalibrationError, Statistics
-from .recipe import Recipe, RecipeError, Rule, parse
+from .recipe import UNQUANTIZED, Recipe, RecipeError, Rule, parse
 
 UNITS = 1 << 13  # that the bytes are counted in
 KEPT = "fp16"  # how a recipe says that a matrix stays as it is stored
-STEP = 0.02  # of the bytes, by which a search for a floor ends
+STEP = 0.002  # of the bytes, by which a search for a floor ends
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def at_least(table: Table, psnr: float) -> list[str]:
     sizes = [[b for b, _ in choice.forms.values()] for choice in table.choices]
     low, high = (table.rest + sum(map(pick, sizes)) for pick in (min, max))
     found = finest
-    while high - low > STEP * low / 10:
+    while high - low > STEP * low:
         middle = (low + high) // 2
         trial = within(table, middle)
         if table.psnr_of(trial) >= psnr:
@@ -202,7 +203,7 @@ def measure(
         raise CalibrationError("nothing to measure with: give at least one prompt and one seed")
     activations = activations or bundle.manifest.precision.activations
     lab = _Lab(bundle, [(p, s) for p in prompts for s in seeds], size, steps)
-    plain = TYPES[PLAIN.get(activations, activations)]
+    plain = TYPES[UNQUANTIZED[activations]]
     requests = {
         name: models.weights(name, spec.config, spec.outputs)
         for name, spec in bundle.manifest.components.items()
@@ -322,22 +323,20 @@ class _Variable:
         start = self._end + scales if quantized else None
         return Weight(kind, self._end, size, start, narrow and quantized)
 
-    def instead(self, name: str, place: Weight, data: bytes) -> Any:
-        """A context in which the component has that weight."""
-        return _Exchange(self, name, place, data)
-
-    def exchange(self, name: str, place: Weight, data: bytes) -> None:
+    @contextmanager
+    def instead(self, name: str, place: Weight, data: bytes) -> Iterator[None]:
+        """Within it, the component has that weight."""
         if len(self._weights) < place.offset + len(data):
             room = kernels.aligned(place.offset + len(data))
             room[: len(self.raw)] = self.raw
             self._weights = room
         self._weights[place.offset : place.offset + len(data)] = np.frombuffer(data, np.uint8)
         places = {**self._plain.places, name: place}
-        self.files = dataclasses.replace(self._plain, places=places)
-        self._programs = {}
-
-    def restore(self) -> None:
-        self.files, self._programs = self._plain, {}
+        self.files, self._programs = dataclasses.replace(self._plain, places=places), {}
+        try:
+            yield
+        finally:
+            self.files, self._programs = self._plain, {}
 
     def shrink(self) -> None:
         """Give the copy of the weights back."""
@@ -358,20 +357,6 @@ class _Variable:
             write_input(arena, offsets, entry, inputs[entry.name])
         program.run(arena, self._weights)
         return {o.name: read_output(arena, offsets, o) for o in graph.outputs}
-
-
-@dataclass
-class _Exchange:
-    engine: _Variable
-    name: str
-    place: Weight
-    data: bytes
-
-    def __enter__(self) -> None:
-        self.engine.exchange(self.name, self.place, self.data)
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.restore()
 
 
 def uniform(table: Table, form: str) -> Iterator[str]:

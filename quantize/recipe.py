@@ -32,6 +32,9 @@ GRANULARITIES = {
     ("fp32", 32): ("tensor",),
 }
 FORMS = "fp32, fp16, p8 p6 p4 p2 (gN), w8 (t, bN, a), w4 (bN, c, a); for example p6, p4g16, w4b32a"
+# What the native target stores of the weights that stay as they are where others are in few bits,
+# by what it computes in.
+UNQUANTIZED = {"bf16": "bf16", "fp32": "fp32", "fp16": "fp16", "int8": "bf16"}
 SENSITIVE = {
     r"[/.]conv_in\.": "first convolution of the network",
     r"[/.]conv_out\.": "last convolution of the network",
@@ -199,6 +202,14 @@ class Recipe:
         """The patterns that are the first match of none of the tensors, given as component/name."""
         used = {self._first(tensor) for tensor in tensors}
         return tuple(rule.match for i, rule in enumerate(self.rules) if i not in used)
+
+    def check_used(self, tensors: Iterable[str]) -> None:
+        """Raise RecipeError for a pattern that decides none of the tensors."""
+        if unused := self.unused(tensors):
+            raise RecipeError(
+                f"the recipe's pattern {unused[0]!r} is the first match of no weight: it would be "
+                "ignored, so mend or remove it"
+            )
 
     @property
     def unquantized(self) -> Form:
