@@ -169,7 +169,7 @@ def judged(judge: Judge, pictures: torch.Tensor, asked: Asked) -> dict[str, floa
 def evaluate(work: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
     """Rows of figures; writes the sheets on the way."""
     data, checkpoint = Data.load(work), work / "emoji-sd"
-    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     judge = Judge(pipe.vae, data, recipe.size)
     things = range(0, len(data), EVERY)
@@ -213,7 +213,7 @@ def decoded_psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 def tiny_psnr(work: Path, vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     """dB of the tiny decoder's pictures of the VAE's latents to the pictures themselves."""
-    tiny = AutoencoderTiny.from_pretrained(work / "emoji-sd-tiny", torch_dtype=torch.float32)
+    tiny = AutoencoderTiny.from_pretrained(work / "emoji-sd-tiny")
     latents = encode(vae, pictures) * vae.config.scaling_factor
     return float(
         psnr(torch.cat([tiny.decode(z).sample for z in latents.split(BATCH)]), pictures).mean()

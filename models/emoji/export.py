@@ -85,8 +85,8 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path, tokenizer: Path) 
     weights = {k if k.startswith(start) else start + k: v for k, v in weights.items()}
     save_file(weights, path, metadata={"format": "pt"})
     path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"torch_dtype": "float16"}
-    config.pop("dtype", None)
+    # As the other parts are loaded when nothing is asked for; older and newer names of the field.
+    config = json.loads(path.read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
     path.write_text(json.dumps(config, indent=2))
 
 

@@ -6,54 +6,91 @@ a C++ compiler; without one, `accelerate` leaves the normalization to PyTorch an
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import subprocess
+import tempfile
 from pathlib import Path
 from types import MethodType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 
-WIDTH = 16  # channels that the kernel takes at a time
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+SHARED = ["-std=c++17", "-shared", "-fPIC"]
+POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
 @functools.cache
-def kernel() -> Any:
-    """The compiled extension, or None."""
-    from torch.utils.cpp_extension import load
+def kernel() -> ctypes.CDLL | None:
+    """The compiled fused_norm.cpp, or None where it does not compile."""
+    source = Path(__file__).with_name("fused_norm.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fused_norm.so"
+        command = [os.environ.get("CXX", "c++"), *FLAGS, *SHARED, str(source), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            loaded = ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print("training without fused normalization:", error, flush=True)
+            return None
+    sizes, by_channel = [COUNT] * 4, [POINTER] * 2
+    act = ctypes.c_int
+    loaded.norm_forward.argtypes = [
+        *sizes,
+        POINTER,
+        *by_channel,
+        ctypes.c_double,
+        act,
+        POINTER,
+        POINTER,
+    ]
+    loaded.norm_backward.argtypes = [*sizes, *[POINTER] * 3, *by_channel, act, POINTER, POINTER]
+    return loaded
 
-    try:
-        source = str(Path(__file__).with_name("fused_norm.cpp"))
-        return load("emoji_fused_norm", [source], extra_cflags=FLAGS)
-    except (OSError, RuntimeError, ImportError) as error:
-        print("no fused normalization:", str(error).splitlines()[0], flush=True)
-        return None
+
+def _sizes(x: torch.Tensor, groups: int) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[2] * x.shape[3], x.shape[1], groups
 
 
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, act):
         x = x.contiguous(memory_format=torch.channels_last)
-        weight32, bias32 = weight.float(), bias.float()
-        y, statistics = kernel().forward(x, weight32, bias32, groups, eps, act)
+        weight32, bias32 = weight.float().contiguous(), bias.float().contiguous()
+        y = torch.empty_like(x)
+        statistics = torch.empty(len(x), 2, x.shape[1])
+        read = (t.data_ptr() for t in (x, weight32, bias32))
+        write = (t.data_ptr() for t in (statistics, y))
+        kernel().norm_forward(*_sizes(x, groups), *read, eps, act, *write)
         ctx.save_for_backward(x, statistics, weight32, bias32)
         ctx.groups, ctx.act, ctx.dtype = groups, act, weight.dtype
         return y
 
     @staticmethod
     def backward(ctx, *gradients):
-        dy = gradients[0].contiguous(memory_format=torch.channels_last)
         x, statistics, weight, bias = ctx.saved_tensors
-        dx, dw, db = kernel().backward(dy, x, statistics, weight, bias, ctx.groups, ctx.act)
-        return dx, dw.to(ctx.dtype), db.to(ctx.dtype), None, None, None
+        dy = gradients[0].to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, sums = torch.empty_like(x), torch.empty_like(statistics)
+        read = (t.data_ptr() for t in (dy, x, statistics, weight, bias))
+        write = (t.data_ptr() for t in (dx, sums))
+        kernel().norm_backward(*_sizes(x, ctx.groups), *read, ctx.act, *write)
+        dweight, dbias = sums.sum(0).to(ctx.dtype)
+        return dx, dweight, dbias, None, None, None
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Whether the kernel takes this tensor."""
+    loaded = kernel() if x.dim() == 4 and x.dtype == torch.bfloat16 else None
+    return loaded is not None and x.shape[1] % loaded.norm_width() == 0
 
 
 def group_norm(norm: torch.nn.GroupNorm, x: torch.Tensor, act: bool) -> torch.Tensor:
     """What the layer computes, followed by SiLU if `act`."""
-    if x.dim() == 4 and x.dtype == torch.bfloat16 and x.shape[1] % WIDTH == 0 and kernel():
+    if fits(x):
         return _FusedNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, act)
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(y) if act else y
