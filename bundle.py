@@ -702,7 +702,8 @@ def _printable(text: str, limit: int) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
-        _require(key not in result, f"an object names the key {_short(key)} twice")
+        if key in result:
+            raise ValueError(f"an object names the key {_short(key)} twice")
         result[key] = value
     return result
 

@@ -16,6 +16,14 @@ def trained():
     return EMOJI
 
 
+@pytest.fixture(scope="session")
+def plain(trained, tmp_path_factory):
+    """The trained model as a native bundle in bf16, to make smaller."""
+    from ferrotype.convert import convert
+
+    return convert(trained, tmp_path_factory.mktemp("plain") / "plain.ferro", "native").folder
+
+
 @pytest.fixture
 def emoji(tmp_path):
     """A copy of the embedded ONNX bundle to break."""

@@ -210,8 +210,8 @@ def test_a_recipe_says_what_was_chosen(rng):
 
 
 @engine
-def test_a_mixed_bundle_is_as_large_and_as_good_as_the_table_says(tmp_path):
-    source = bundles.load(EMBEDDED)
+def test_a_mixed_bundle_is_as_large_and_as_good_as_the_table_says(plain, tmp_path):
+    source = bundles.load(plain)
     only = "a red heart"
     statistics = calibrate.calibrate(source, [only], [0])
     one = mixed.measure(source, statistics, None, [only], steps=1)

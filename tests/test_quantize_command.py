@@ -17,17 +17,19 @@ from PIL import Image
 from ferrotype import bundle as bundles
 from ferrotype import cli, kernels, parity
 from ferrotype.quantize import calibrate, report
-from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX, Pipeline
+from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
+PLAIN = Path("plain.ferro")
 FEW = ("a red heart", "a rocket")
 HELD_OUT = report.PROMPTS
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
-    """Two pictures instead of sixteen."""
+def quick(plain, tmp_path, monkeypatch):
+    """A bundle to make smaller, and two pictures instead of sixteen."""
     monkeypatch.chdir(tmp_path)
+    PLAIN.symlink_to(plain)
     monkeypatch.setattr(report, "PROMPTS", FEW)
     monkeypatch.setattr(report.draw, "__defaults__", (FEW, (0,), None, None, lambda prompt: None))
     (tmp_path / "prompts.txt").write_text("a blue whale\n\n")
@@ -48,7 +50,7 @@ def line_of(code, *args):
     return line
 
 
-QUANTIZE = ("quantize", EMBEDDED, "--prompts", "prompts.txt", "-o")
+QUANTIZE = ("quantize", PLAIN, "--prompts", "prompts.txt", "-o")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_a_bundle_becomes_smaller_and_says_what_that_cost(weights, activations, 
     more = ("--activations", activations) if activations else ()
     done = invoke(*QUANTIZE, "q.ferro", "--weights", weights, *more)
     assert done.exit_code == 0, done.output
-    source, made = bundles.load(EMBEDDED), bundles.load("q.ferro")
+    source, made = bundles.load(PLAIN), bundles.load("q.ferro")
     assert not bundles.verify(made)
     assert made.manifest.precision == bundles.Precision(weights, activations or "bf16")
     sizes = [cli.weight_bytes(bundle) for bundle in (source, made)]
@@ -95,7 +97,7 @@ def test_equal_input_gives_equal_bytes_and_a_recipe_can_be_used_again():
 
 
 def test_the_best_forms_within_a_size():
-    whole = cli.weight_bytes(bundles.load(EMBEDDED))
+    whole = cli.weight_bytes(bundles.load(PLAIN))
     budget = int(0.45 * whole)
     done = invoke(
         *QUANTIZE,
@@ -144,7 +146,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     checkpoint.mkdir()
     (checkpoint / "model_index.json").write_text("{}")
     assert "is a checkpoint: convert it first" in line_of(2, "quantize", "sd", "-o", "x", *w8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts.txt", "r.json", "sd"]
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {PLAIN.name, "prompts.txt", "r.json", "sd"}
 
 
 def test_what_cannot_be_met_says_what_can(tmp_path):
@@ -158,7 +161,7 @@ def test_a_bundle_of_few_bits_and_a_weight_that_is_not_finite_are_refused(tmp_pa
     again = ("quantize", "q.ferro", "-o", "r.ferro", "--weights", "w4", "--no-calibration")
     assert "has weights w8 already" in line_of(1, *again)
     broken = tmp_path / "broken.ferro"
-    shutil.copytree(EMBEDDED, broken)
+    shutil.copytree(PLAIN, broken)
     index = json.loads((broken / "unet" / "weights.json").read_text())["tensors"]
     name, place = next((n, t) for n, t in index.items() if "mid_block" in n and t["bytes"] > 9000)
     with (broken / "unet" / "weights.bin").open("r+b") as file:
@@ -184,7 +187,7 @@ def test_a_command_that_is_stopped_leaves_nothing(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", PLAIN.name}
 
 
 # --- figures ------------------------------------------------------------------------------------

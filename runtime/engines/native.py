@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ... import kernels
-from ...bundle import Bundle, BundleError, strict_json
+from ...bundle import Bundle, BundleError, Component, strict_json
 from ...kernels import KernelError, Program, Type
 from .. import models
 from ..bands import Bands, in_bands
@@ -40,6 +40,7 @@ from . import Arrays, check_shapes
 WEIGHTS, INDEX = "weights.bin", "weights.json"
 FORMAT = 1  # of the index
 MAX_THREADS = 64  # of the engine
+CACHED_FILES = 8  # components whose index was read; some hundred kilobytes each at full size
 CACHED_SIZES = 4  # programs; each holds idle threads and a few hundred ops
 DTYPES = {Type.F32: np.float32, Type.BF16: np.uint16, Type.F16: np.float16, Type.I32: np.int32}
 
@@ -119,8 +120,31 @@ class Files:
         return graph, lay_out(graph, self.places, scratch)
 
 
+_opened: OrderedDict[tuple, tuple[Component, Files]] = OrderedDict()
+
+
 def open_files(bundle: Bundle, component: str) -> Files:
-    """Check what a component's folder says of its weights.  Raises BundleError."""
+    """Check what a component's folder says of its weights; kept until something changes.
+
+    Raises BundleError.
+    """
+    spec = bundle.component(component)
+    folder = bundle.path(spec.path)
+    try:
+        stats = [(folder / name).stat() for name in (INDEX, WEIGHTS)]
+    except OSError:  # reading it says what is wrong
+        return _open_files(bundle, component)
+    states = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = (folder, component, bundle.manifest.precision.activations, *states)
+    if key not in _opened or _opened[key][0] != spec:
+        _opened[key] = spec, _open_files(bundle, component)
+        while len(_opened) > CACHED_FILES:
+            _opened.popitem(last=False)
+    _opened.move_to_end(key)
+    return _opened[key][1]
+
+
+def _open_files(bundle: Bundle, component: str) -> Files:
     spec = bundle.component(component)
     folder, kind = bundle.path(spec.path), _activations(bundle)
     try:
