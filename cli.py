@@ -315,7 +315,8 @@ def quantize(
     It draws a few pictures to see what every layer reads, rounds so that errors make up for each
     other, compares the result with the original that the bundle carries, and draws other prompts
     with both: their figures and a sheet, check/quantized.png, are kept in the new bundle.  With
-    --size-budget or --psnr-floor every layer is tried in every form first.
+    --size-budget or --psnr-floor every layer is tried in every form first, and check/frontier.png
+    plots what other sizes would give.
 
     \b
     Example:
@@ -326,7 +327,7 @@ def quantize(
     from .bundle import staging
     from .quantize import mixed, report
     from .quantize.apply import check_quantizable, quantize_bundle
-    from .quantize.calibrate import PROMPTS, calibrate
+    from .quantize.calibrate import PROMPTS, Statistics, calibrate
     from .runtime import pictures
 
     if sum(given is not None for given in (weights, size_budget, psnr_floor)) != 1:
@@ -344,7 +345,8 @@ def quantize(
     check_quantizable(source, recipe or form_or_recipe("w8"), activations)
     with staging(output, force):  # refused now, not after the pictures
         pass
-    statistics = {}
+    statistics: Statistics = {}
+    frontier: dict[str, Any] = {}
     if not no_calibration:
         with Progress("calibrate", len(told)) as progress:
             statistics = calibrate(source, told, seeds, size, steps, progress.stage)
@@ -352,13 +354,17 @@ def quantize(
         measured = functools.partial(
             mixed.measure, source, statistics, activations, told[:2], seeds[:1], size, steps
         )
-        recipe = mixed_recipe(measured, source, size_budget, psnr_floor)
+        recipe, frontier = mixed_recipe(measured, source, size_budget, psnr_floor)
     drawn: list[report.Drawn] = []
 
     def evaluate(made: Bundle) -> dict[str, Any]:
         drawn[:] = report.draw(source, made, steps=steps, size=size, progress=progress.stage)
         report.sheet(drawn).save(made.folder / "check" / "quantized.png")
-        return report.figures(drawn)
+        told = {"bytes": weight_bytes(made), "bytes_before": weight_bytes(source), **frontier}
+        if frontier:
+            plot = report.frontier(frontier["frontier"], frontier["uniform"], told["bytes"])
+            plot.save(made.folder / "check" / "frontier.png")
+        return {**report.figures(drawn), **told}
 
     total = 2 * len(source.manifest.components) + 1 + len(report.PROMPTS)
     with Progress("quantize", total) as progress:
@@ -390,17 +396,20 @@ def form_or_recipe(text: str) -> Any:
 
 def mixed_recipe(
     measured: Callable, source: Bundle, size_budget: int | None, psnr_floor: float | None
-) -> Any:
-    """Every matrix in every form, and the best of them."""
+) -> tuple[Any, dict[str, Any]]:
+    """Every matrix in every form, and the best of them; also what other sizes would give."""
     from .quantize import mixed
 
     total = sum(map(len, matrix_names(source).values()))
     with Progress("try every layer", total) as progress:
         table = measured(progress=lambda done, of: progress.advance(1))
     if size_budget is not None:
-        return mixed.recipe_of(table, mixed.within(table, size_budget))
-    assert psnr_floor is not None
-    return mixed.recipe_of(table, mixed.at_least(table, psnr_floor))
+        forms = mixed.within(table, size_budget)
+    else:
+        assert psnr_floor is not None
+        forms = mixed.at_least(table, psnr_floor)
+    told = {"frontier": mixed.frontier(table), "uniform": mixed.uniform_points(table)}
+    return mixed.recipe_of(table, forms), told
 
 
 def matrix_names(bundle: Bundle) -> dict[str, list[str]]:
@@ -414,9 +423,12 @@ def matrix_names(bundle: Bundle) -> dict[str, list[str]]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty."""
+    """The lines of a file that are not empty, of which there must be some."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise click.UsageError(f"{path} has no prompts: write one a line")
+    return found
 
 
 def weight_bytes(bundle: Bundle) -> int:

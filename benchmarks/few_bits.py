@@ -5,6 +5,9 @@
 U-Net steps of all bundles in turn, in one process, every other round in the opposite order; then a
 picture of each in a fresh process, with the kernel's high-water mark.  The folder keeps random
 bundles of the exact architecture (8 GB), which are made in a minute.
+
+--openvino: also OpenVINO with weights and activations in int8 by its quantizer, NNCF (10 GB more,
+and some ten minutes to make).  --onnx: also the memory of a U-Net on onnxruntime (10 GB, the same).
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +31,8 @@ import numpy as np
 from ferrotype import bundle as bundles
 from ferrotype import kernels
 from ferrotype.benchmarks import checkpoints, measure, random_bundles
+from ferrotype.benchmarks.peer_workers import PEERS, Worker
+from ferrotype.benchmarks.peer_workers import prepare as prepare_peer
 from ferrotype.bundle import Bundle
 from ferrotype.kernels import Type
 from ferrotype.runtime import memory, models
@@ -65,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the bundles here")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s, and a warm-up")
+    parser.add_argument("--openvino", action="store_true", help="beside OpenVINO's W8A8 as well")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -81,6 +89,10 @@ def main() -> None:
                 lines += [f"## {match.isa}", "", "This machine does not run it.", ""]
                 continue
             rows, below = compare(match, made, chosen.rounds)
+            lines += [*rows, ""]
+            missed += below
+        if chosen.openvino:
+            rows, below = beside_openvino(made, folder, chosen.rounds)
             lines += [*rows, ""]
             missed += below
         lines += measure_memory(made)
@@ -118,12 +130,7 @@ def compare(match: Match, made: dict[str, Bundle], rounds: int) -> tuple[list[st
     isa = match.isa or None
     engines = {name: NativeEngine(made[name], "unet", 2, isa) for name in match.names}
     inputs = unet_inputs(made[match.names[0]])
-    times: dict[str, list[float]] = {name: [] for name in match.names}
-    for i in range(rounds + 1):
-        for name in match.names if i % 2 else reversed(match.names):
-            began = time.perf_counter()
-            engines[name](inputs)
-            times[name].append(time.perf_counter() - began)
+    times = in_turn({n: partial(timed, engine, inputs) for n, engine in engines.items()}, rounds)
     first = match.names[0]
     found = isa or kernels.isas()[0]
     rates = {kind: kernels.ceiling(found, kind, 2) / 1e9 for kind in (Type.F32, Type.BF16, Type.I8)}
@@ -131,18 +138,72 @@ def compare(match: Match, made: dict[str, Bundle], rounds: int) -> tuple[list[st
     lines = [
         f"## A U-Net step, {found}", "",
         f"Ceilings of bare multiply-accumulates in GFLOP/s: {told}.", "",
-        f"| weights, activations | to {first} | spread | bar |", "|---|---:|---:|---:|",
     ]  # fmt: skip
-    missed = []
-    for name in match.names:
-        ratio = median(pairwise(times[name][1:], times[first][1:]))
-        spread = f"{min(times[name][1:]):.2f}..{max(times[name][1:]):.2f} s"
-        limit = match.limits.get(name)
-        lines.append(f"| {name} | {ratio:.2f}x | {spread} | {limit or ''} |")
-        if limit and ratio > limit:
-            missed.append(f"{found}: {name} takes {ratio:.2f}x of {first}, the bar is {limit}")
+    rows, missed = table(times, first, match.limits)
     del engines
     gc.collect()
+    return lines + rows, [f"{found}: {line}" for line in missed]
+
+
+def beside_openvino(
+    made: dict[str, Bundle], folder: Path, rounds: int
+) -> tuple[list[str], list[str]]:
+    """U-Net steps of ours and of OpenVINO's in turn, each engine of theirs in its own process."""
+    theirs = {name: PEERS[name] for name in ("openvino-bf16", "openvino-w8a8")}
+    for peer in theirs.values():
+        prepare_peer(peer, folder, SIZE, ("unet",))
+    with ExitStack() as stack:
+        workers = {n: stack.enter_context(Worker(p, folder, 2)) for n, p in theirs.items()}
+        for worker in workers.values():
+            worker.load("unet", SIZE)
+        facts = {name: worker.check_kernels("unet") for name, worker in workers.items()}
+        inputs = unet_inputs(made["bf16"])
+        ours = {n: NativeEngine(made[n], "unet", 2) for n in ("bf16", "w8, int8")}
+        runs: dict[str, Callable[[], float]] = {
+            n: partial(timed, engine, inputs) for n, engine in ours.items()
+        }
+        runs |= {n: partial(asked, worker) for n, worker in workers.items()}
+        times = in_turn(runs, rounds)
+    rows, missed = table(times, "openvino-w8a8", {"w8, int8": 0.55})
+    used = [
+        f"- {name}: " + ", ".join(f"{count} {kernel}" for kernel, count in fact["kernels"].items())
+        for name, fact in facts.items()
+    ]
+    return ["## Beside OpenVINO and NNCF", "", *rows, "", "Kernels:", "", *used], missed
+
+
+def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in every round but the first, every other in the opposite order."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name in runs if i % 2 else reversed(runs):
+            times[name].append(runs[name]())
+    return {name: found[1:] for name, found in times.items()}
+
+
+def timed(engine: NativeEngine, inputs: dict[str, np.ndarray]) -> float:
+    began = time.perf_counter()
+    engine(inputs)
+    return time.perf_counter() - began
+
+
+def asked(worker: Worker) -> float:
+    return worker.run("unet")[0] / 1000
+
+
+def table(
+    times: dict[str, list[float]], first: str, limits: dict[str, float]
+) -> tuple[list[str], list[str]]:
+    """The rows, and what is missed."""
+    lines = [f"| weights, activations | to {first} | spread | bar |", "|---|---:|---:|---:|"]
+    missed = []
+    for name, found in times.items():
+        ratio = median(pairwise(found, times[first]))
+        limit = limits.get(name)
+        spread = f"{min(found):.2f}..{max(found):.2f} s"
+        lines.append(f"| {name} | {ratio:.2f}x | {spread} | {limit or ''} |")
+        if limit and ratio > limit:
+            missed.append(f"{name} takes {ratio:.2f}x of {first}, the bar is {limit}")
     return lines, missed
 
 

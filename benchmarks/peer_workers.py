@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ BUNDLES = {  # kind, precision -> the options of convert for the bundle that it 
     ("onnxruntime", "fp32"): ("--target", "onnx", "--weights", "fp32", "--activations", "fp32"),
 }
 OPENVINO = "openvino==2026.4.1"
+NNCF = "nncf==3.4.0"  # OpenVINO's quantizer
+W8A8 = "w8a8"  # the precision of a graph that it made
 Size = tuple[int, int]  # width, height
 
 
@@ -56,6 +58,7 @@ PEERS = {
     "native-fp32": Peer("native", "fp32", streams=True),
     "openvino-bf16": Peer("openvino", "bf16", kernels=".*bf16"),
     "openvino-fp32": Peer("openvino", "f32", kernels=".*f32"),
+    "openvino-w8a8": Peer("openvino", W8A8, kernels=".*(i8|u8|bf16)"),
     "openvino-fp32-avx2": Peer("openvino", "f32", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ".*avx2.*f32"),
     "torch-bf16": Peer("torch", "bf16"),
     "onnxruntime-fp32": Peer("onnxruntime", "fp32"),
@@ -136,18 +139,15 @@ QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VE
 # --- what the peers load ------------------------------------------------------------------------
 
 
-def prepare(peer: Peer, folder: Path, size: Size) -> None:
+def prepare(peer: Peer, folder: Path, size: Size, components: Sequence[str] = COMPONENTS) -> None:
     """Make what the peer loads, unless the folder has it from an earlier run."""
     if not (folder / CHECKPOINT).exists():
         from ferrotype.benchmarks.checkpoints import SD15, write_checkpoint
 
         write_checkpoint(folder / CHECKPOINT, SD15)
     if peer.kind == "openvino":
-        for component in COMPONENTS:
-            if not graph(folder, component, size).with_suffix(".bin").exists():
-                width, height = map(str, size)
-                python = str(environment(folder))
-                measure.run(python, __file__, "convert", component, str(folder), width, height)
+        for component in components:
+            _prepare_graph(folder, component, size, peer.precision)
     target = bundle(folder, peer.kind, peer.precision)
     options = BUNDLES.get((peer.kind, peer.precision))
     if options and not target.exists():
@@ -156,6 +156,16 @@ def prepare(peer: Peer, folder: Path, size: Size) -> None:
             measure.run(*measure.ferrotype(*command))
         except subprocess.CalledProcessError as error:
             raise PeerError(f"{target.name} was not made: {error.stderr.strip()}") from None
+
+
+def _prepare_graph(folder: Path, component: str, size: Size, precision: str) -> None:
+    width, height = map(str, size)
+    steps = [("convert", environment(folder), "")]
+    if precision == W8A8:
+        steps.append(("quantize", environment(folder, "nncf", (NNCF,)), W8A8))
+    for verb, python, precision in steps:
+        if not graph(folder, component, size, precision).with_suffix(".bin").exists():
+            measure.run(str(python), __file__, verb, component, str(folder), width, height)
 
 
 def environment(folder: Path, name: str = "environment", more: tuple[str, ...] = ()) -> Path:
@@ -180,9 +190,10 @@ def bundle(folder: Path, kind: str, precision: str) -> Path:
     return folder / f"{kind}-{precision}.ferro"
 
 
-def graph(folder: Path, component: str, size: Size) -> Path:
-    """Where the OpenVINO IR of a component is."""
-    return folder / "openvino" / "{}-{}x{}.xml".format(component, *size)
+def graph(folder: Path, component: str, size: Size, precision: str = "") -> Path:
+    """Where the OpenVINO IR of a component is; all precisions but one share it."""
+    name = "{}-{}x{}".format(component, *size) + (f"-{W8A8}" if precision == W8A8 else "")
+    return folder / "openvino" / f"{name}.xml"
 
 
 def convert(component: str, folder: Path, size: Size) -> None:
@@ -197,6 +208,17 @@ def convert(component: str, folder: Path, size: Size) -> None:
         model = openvino.convert_model(module, example_input=examples, input=shapes)
     graph(folder, component, size).parent.mkdir(exist_ok=True)
     openvino.save_model(model, graph(folder, component, size), compress_to_fp16=True)
+
+
+def quantize(component: str, folder: Path, size: Size) -> None:
+    """Write a component's IR with int8 weights and activations, calibrated on one random input."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(graph(folder, component, size))
+    data = nncf.Dataset([list(inputs(component, size).values())])
+    made = nncf.quantize(model, data, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(made, graph(folder, component, size, W8A8), compress_to_fp16=True)
 
 
 def torch_module(component: str, folder: Path) -> Any:
@@ -284,9 +306,9 @@ def load_openvino(job: Job, component: str, size: Size) -> Loaded:
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(graph(job.folder, component, size))
-    options = {
-        "INFERENCE_PRECISION_HINT": job.precision,
+    model = core.read_model(graph(job.folder, component, size, job.precision))
+    options = {  # of W8A8, what is not int8
+        "INFERENCE_PRECISION_HINT": "bf16" if job.precision == W8A8 else job.precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": job.threads,
     }
@@ -405,6 +427,8 @@ def main(verb: str, *arguments: str) -> None:
             serve(kind, Job(precision, Path(folder), int(threads)))
         case "convert", (component, folder, width, height):
             convert(component, Path(folder), (int(width), int(height)))
+        case "quantize", (component, folder, width, height):
+            quantize(component, Path(folder), (int(width), int(height)))
 
 
 if __name__ == "__main__":

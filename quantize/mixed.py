@@ -140,6 +140,30 @@ def within(table: Table, budget: int) -> list[str]:
     return chosen[::-1]
 
 
+def frontier(table: Table, points: int = 24) -> list[dict[str, float]]:
+    """The best of every size: bytes of the files, mean bits and dB, from the least to the most."""
+    sizes = [[b for b, _ in choice.forms.values()] for choice in table.choices]
+    low, high = (table.rest + sum(map(pick, sizes)) for pick in (min, max))
+    found = []
+    for size in np.geomspace(low * (1 + STEP), high, points):
+        forms = within(table, math.ceil(size))
+        found.append(_point(table, forms))
+    return [p for i, p in enumerate(found) if p not in found[:i]]
+
+
+def uniform_points(table: Table) -> dict[str, dict[str, float]]:
+    """What recipes of one form come to, by form."""
+    return {form: _point(table, [*uniform(table, form)]) for form in native.FORMS}
+
+
+def _point(table: Table, forms: Sequence[str]) -> dict[str, float]:
+    return {
+        "bytes": table.bytes_of(forms),
+        "bits": round(table.bits_of(forms), 3),
+        "psnr": round(table.psnr_of(forms), 2),
+    }
+
+
 def at_least(table: Table, psnr: float) -> list[str]:
     """The forms with the fewest bytes whose errors add up to no less than so many dB.
 

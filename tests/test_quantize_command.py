@@ -113,6 +113,14 @@ def test_the_best_forms_within_a_size():
     made = bundles.load("m.ferro")
     assert 0.9 * budget < cli.weight_bytes(made) <= budget
     assert made.manifest.precision.weights == "mixed"
+    told = made.manifest.parity["quantized"]
+    assert told["bytes"] == cli.weight_bytes(made)
+    assert told["bytes_before"] == whole
+    sizes = [point["bytes"] for point in told["frontier"]]
+    assert min(sizes) < told["bytes"] < max(sizes)
+    assert {"w8", "w4"} == told["uniform"].keys()
+    with Image.open("m.ferro/check/frontier.png") as plot:
+        assert plot.size == report.PAGE
     assert json.loads(Path("r.json").read_text())["model"] == made.manifest.model
 
 
@@ -123,7 +131,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert "there is: fp32" in line_of(2, *quantize, "--weights", "w5")
     assert "the native target stores w8, w4" in line_of(1, *quantize, "--weights", "p6")
     (tmp_path / "prompts.txt").write_text("\n \n")
-    assert "nothing to calibrate with" in line_of(1, *quantize, *w8)
+    for more in ((), ("--no-calibration",)):
+        assert "prompts.txt has no prompts" in line_of(2, *quantize, *w8, *more)
     (tmp_path / "prompts.txt").write_text("a blue whale")
     assert "whole numbers" in line_of(2, *quantize, *w8, "--seeds", "1,x")
     (tmp_path / "prompts.txt").write_text("a blue whale")
