@@ -58,7 +58,7 @@ PEERS = {
     "native-fp32": Peer("native", "fp32", streams=True),
     "openvino-bf16": Peer("openvino", "bf16", kernels=".*bf16"),
     "openvino-fp32": Peer("openvino", "f32", kernels=".*f32"),
-    "openvino-w8a8": Peer("openvino", W8A8, kernels=".*(i8|u8|bf16)"),
+    "openvino-w8a8": Peer("openvino", W8A8, kernels="(?i).*([iu]8|bf16).*"),
     "openvino-fp32-avx2": Peer("openvino", "f32", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ".*avx2.*f32"),
     "torch-bf16": Peer("torch", "bf16"),
     "onnxruntime-fp32": Peer("onnxruntime", "fp32"),
