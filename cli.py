@@ -314,7 +314,8 @@ def quantize(
 
     It draws a few pictures to see what every layer reads, rounds so that errors make up for each
     other, compares the result with the original that the bundle carries, and draws other prompts
-    with both: their figures and a sheet, check/quantized.png, are kept in the new bundle.  With
+    with both: their figures and a sheet, check/quantized.png, are kept in the new bundle.  What is
+    measured with has sides up to 256 and up to 4 steps, unless --size and --steps say more.  With
     --size-budget or --psnr-floor every layer is tried in every form first, and check/frontier.png
     plots what other sizes would give.
 
@@ -327,7 +328,7 @@ def quantize(
     from .bundle import staging
     from .quantize import mixed, report
     from .quantize.apply import check_quantizable, quantize_bundle
-    from .quantize.calibrate import PROMPTS, Statistics, calibrate
+    from .quantize.calibrate import PROMPTS, SIDE, Statistics, calibrate
     from .runtime import pictures
 
     if sum(given is not None for given in (weights, size_budget, psnr_floor)) != 1:
@@ -351,8 +352,9 @@ def quantize(
         with Progress("calibrate", len(told)) as progress:
             statistics = calibrate(source, told, seeds, size, steps, progress.stage)
     if recipe is None:
+        few = told[: 1 if max(source.manifest.sizes.default) > SIDE else 2]
         measured = functools.partial(
-            mixed.measure, source, statistics, activations, told[:2], seeds[:1], size, steps
+            mixed.measure, source, statistics, activations, few, seeds[:1], size, steps
         )
         recipe, frontier = mixed_recipe(measured, source, size_budget, psnr_floor)
     drawn: list[report.Drawn] = []

@@ -35,7 +35,7 @@ from ..runtime.program import LINE, TYPES, Packed, Weight, round_up
 from ..runtime.seeds import SEEDS
 from . import native
 from .apply import written
-from .calibrate import PROMPTS, CalibrationError, Statistics
+from .calibrate import PROMPTS, CalibrationError, Statistics, few, small
 from .recipe import UNQUANTIZED, Recipe, RecipeError, Rule, parse
 
 UNITS = 1 << 13  # that the bytes are counted in
@@ -221,11 +221,12 @@ def measure(
 ) -> Table:
     """Draw with every matrix in every form, one at a time; a native bundle of plain weights.
 
-    Raises CalibrationError without prompts or seeds.
+    `size` and `steps` as in calibrate.  Raises CalibrationError without prompts or seeds.
     """
     if not prompts or not seeds:
         raise CalibrationError("nothing to measure with: give at least one prompt and one seed")
     activations = activations or bundle.manifest.precision.activations
+    size, steps = size or small(bundle.manifest.sizes), steps or few(bundle)
     lab = _Lab(bundle, [(p, s) for p in prompts for s in seeds], size, steps)
     plain = TYPES[UNQUANTIZED[activations]]
     requests = {

@@ -8,6 +8,7 @@ import pytest
 
 from ferrotype import bundle as bundles
 from ferrotype import kernels
+from ferrotype.bundle import Sizes
 from ferrotype.quantize import calibrate, mixed, native, report
 from ferrotype.quantize.apply import quantize_bundle
 from ferrotype.quantize.mixed import Choice, Table
@@ -142,6 +143,20 @@ def test_calibrating_with_nothing_is_refused():
             calibrate.calibrate(bundle, prompts, seeds)
         with pytest.raises(calibrate.CalibrationError, match="nothing to measure with"):
             mixed.measure(bundle, {}, None, prompts, seeds)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (Sizes((128, 128), 32), (128, 128)),
+        (Sizes((512, 768), 64), (192, 256)),
+        (Sizes((1024, 1024), 32, 512), (512, 512)),
+        (Sizes((512, 512), 64, 64, 2048, ((512, 512), (384, 512))), (384, 512)),
+    ],
+)
+def test_measuring_pictures_are_small(sizes, expected):
+    assert calibrate.small(sizes) == expected
+    sizes.check(expected)
 
 
 # --- choosing -----------------------------------------------------------------------------------
