@@ -7,8 +7,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -61,6 +62,25 @@ class CheckpointError(ConvertError):
     """The checkpoint is damaged, incomplete or of a kind that is not supported."""
 
 
+class Patch(Protocol):
+    """What is merged into one tensor when it is read."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a tensor of this shape gets."""
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The tensor with the patch, as float32 or float64; `values` stays as it is."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A file that is merged into the checkpoint: what it is and how, and what to know of it."""
+
+    path: Path
+    text: str
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder whose parts are all there; no weights have been read yet."""
@@ -74,6 +94,9 @@ class Checkpoint:
     scheduler: dict
     model_index: dict
     tokenizers: dict[str, Path]  # by name: tokenizer, tokenizer_2
+    patches: dict[str, dict[str, tuple[Patch, ...]]] = field(default_factory=dict)  # by component
+    tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # new ones, by tokenizer
+    additions: tuple[Addition, ...] = ()
 
     @property
     def vae_scale(self) -> int:
@@ -151,10 +174,11 @@ def tensors(checkpoint: Checkpoint, component: str) -> Iterator[tuple[str, np.nd
 class Tensors(Mapping[str, np.ndarray]):
     """A component's tensors by name, in the order of the files; each is read when asked for.
 
-    Floats come as float32.  Raises CheckpointError for NaN or Inf.
+    Floats come as float32, with the checkpoint's patches.  Raises CheckpointError for NaN or Inf.
     """
 
     def __init__(self, checkpoint: Checkpoint, component: str) -> None:
+        self._patches = checkpoint.patches.get(component, {})
         self._where: dict[str, tuple[Path, int, dict]] = {}
         for path in checkpoint.weights[component]:
             header, start = read_header(path)
@@ -167,19 +191,10 @@ class Tensors(Mapping[str, np.ndarray]):
                 self._where[name] = path, start + entry["data_offsets"][0], entry
 
     def __getitem__(self, name: str) -> np.ndarray:
-        path, offset, entry = self._where[name]
-        shape = tuple(entry["shape"])
-        # mapped anew for each, so that pages of one do not stay while the next is read
-        raw = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, shape)
-        array = _to_float32(np.asarray(raw), entry["dtype"])
-        finite = np.isfinite(array)
-        if not finite.all():
-            bad = int(array.size - finite.sum())
-            raise CheckpointError(
-                f"{path}: {name} has {bad:,} NaN or Inf of {array.size:,} values; "
-                "the checkpoint is damaged, fetch it again"
-            )
-        return array
+        values = read_tensor(name, *self._where[name])
+        for patch in self._patches.get(name, ()):
+            values = patch(values)
+        return values.astype(np.float32, copy=False) if values.dtype == np.float64 else values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -189,7 +204,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._where[name][2]["shape"])
+        shape = tuple(self._where[name][2]["shape"])
+        for patch in self._patches.get(name, ()):
+            shape = patch.shape(shape)
+        return shape
 
 
 def new_attention_name(name: str) -> str:
@@ -198,8 +216,40 @@ def new_attention_name(name: str) -> str:
     return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
 
 
+def read_tensor(name: str, path: Path, offset: int, entry: dict) -> np.ndarray:
+    """A tensor that starts there, by its entry in the header; floats come as float32.
+
+    Raises CheckpointError for NaN or Inf.
+    """
+    shape = tuple(entry["shape"])
+    # mapped anew for each, so that pages of one do not stay while the next is read
+    raw = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, shape)
+    array = _to_float32(np.asarray(raw), entry["dtype"])
+    finite = np.isfinite(array)
+    if not finite.all():
+        bad = int(array.size - finite.sum())
+        raise CheckpointError(
+            f"{path}: {name} has {bad:,} NaN or Inf of {array.size:,} values; "
+            "the file is damaged, fetch it again"
+        )
+    return array
+
+
 def read_header(path: Path) -> tuple[dict[str, dict], int]:
     """Read and check a safetensors header: its entries by name, and where the data starts."""
+    header, _, start = _read_header(path)
+    return header, start
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors header says of its file, in the words of who wrote it; often nothing."""
+    metadata = _read_header(path)[1]
+    if not isinstance(metadata, dict):
+        return {}
+    return {k: v for k, v in metadata.items() if isinstance(v, str)}
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict], object, int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -210,15 +260,18 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         _check_entries(header, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors header: {error}") from error
-    return header, 8 + length
+    return header, metadata, 8 + length
 
 
 def source_hash(checkpoint: Checkpoint) -> str:
-    """sha256 over the names and contents of every file that a conversion reads, in sorted order."""
+    """sha256 over the names and contents of every file that a conversion reads, in sorted order.
+
+    Merged files follow, in the order of merging, each with how it was merged.
+    """
     folder = checkpoint.folder
     paths = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"]
     paths += [folder / name / "config.json" for name in checkpoint.configs]
@@ -228,6 +281,8 @@ def source_hash(checkpoint: Checkpoint) -> str:
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
         total.update(f"{name}\0{hash_file(path)}\n".encode())
+    for addition in checkpoint.additions:
+        total.update(f"{addition.text}\0{hash_file(addition.path)}\n".encode())
     return total.hexdigest()
 
 
