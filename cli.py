@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -70,6 +71,42 @@ class Bytes(click.ParamType):
             return parse_bytes(value)
         except ValueError as error:
             self.fail(printable(str(error)))
+
+
+class WithSuffix(click.ParamType):
+    """`FILE`, or `FILE:` and more; a colon of the path itself (`C:`) is no separator.
+
+    Given as (path, what follows or None).
+    """
+
+    name = "file"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Path, Any]:
+        if isinstance(value, tuple):
+            return value
+        file, colon, rest = value.rpartition(":")
+        drive = len(file) == 1 and not Path(file).is_file()
+        if not colon or drive or Path(value).is_file() or "/" in rest or "\\" in rest:
+            return Path(value), None
+        return Path(file), self.read(rest)
+
+    def read(self, text: str) -> Any:
+        if not text:
+            self.fail("nothing follows the colon")
+        return text
+
+
+class Weight(WithSuffix):
+    """`FILE` or `FILE:0.8`."""
+
+    def read(self, text: str) -> float:
+        try:
+            weight = float(text)
+        except ValueError:
+            self.fail(f"weight {text!r} is not a number: write FILE:0.8")
+        if not math.isfinite(weight):
+            self.fail(f"weight {text} is not finite: write FILE:0.8")
+        return weight
 
 
 class Commands(click.Group):
@@ -206,13 +243,30 @@ def with_options(options: Sequence[Any]) -> Any:
     "--compute-capability", metavar="8.6,8.9,...", help="TensorRT: GPUs to build engines for."
 )
 @click.option("--weight-streaming", is_flag=True, help="TensorRT: engines that stream weights.")
+@click.option(
+    "--lora",
+    "loras",
+    type=Weight(),
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="Merge a LoRA; may be repeated.",
+)
+@click.option(
+    "--embedding",
+    "embeddings",
+    type=WithSuffix(),
+    multiple=True,
+    metavar="FILE[:TOKEN]",
+    help="Add a textual inversion; may be repeated.",
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
 @json_option
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
-    chunks, layout, compute_capability, weight_streaming, name, licence, force, as_json,
+    chunks, layout, compute_capability, weight_streaming, loras, embeddings, name, licence, force,
+    as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
 
@@ -221,12 +275,17 @@ def convert(
     told otherwise, ONNX in fp32, Core ML and TensorRT in fp16; packages and graphs for the last two
     are checked here, without the device, and `verify --on-device` checks there.
 
+    A LoRA (kohya, LyCORIS, diffusers, PEFT) is merged before weights are quantized; every tensor of
+    its file must apply.  An embedding's token is then a word of every prompt.
+
     \b
     Example:
         ferrotype convert stable-diffusion-v1-5/ -o sd15.ferro
         ferrotype convert stable-diffusion-v1-5/ --target native --weights fp16
         ferrotype convert stable-diffusion-v1-5/ --target coreml --weights p6 --chunks 2
         ferrotype convert stable-diffusion-v1-5/ --target tensorrt --compute-capability 8.9
+        ferrotype convert stable-diffusion-v1-5/ --lora lcm.safetensors --lora ink.safetensors:0.7
+        ferrotype convert stable-diffusion-v1-5/ --embedding cat.safetensors:<my-cat>
     """
     from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
@@ -258,6 +317,8 @@ def convert(
             bundle = convert_checkpoint(
                 checkpoint, output, target, read_weights(weights), activations, sizes, options,
                 name, licence, force, progress.stage,
+                loras=[(path, 1.0 if weight is None else weight) for path, weight in loras],
+                embeddings=embeddings,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
@@ -919,6 +980,7 @@ def describe(bundle: Bundle) -> str:
         ("recipe", f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}, "
                    f"{recipe.prediction_type}, {recipe.spacing} timesteps"),
         ("source", f"{m.source.name}, sha256 {m.source.sha256}"),
+        *[("merged", line) for line in merged_lines(m.parity)],
         ("made by", m.tool),
         ("sha256", bundle.sha256),
     ]  # fmt: skip
@@ -974,6 +1036,12 @@ def weights_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
         return rows
     except (TypeError, AttributeError):  # it is free-form to the format
         return []
+
+
+def merged_lines(parity: dict[str, Any]) -> list[str]:
+    """The LoRA and embeddings that are in the weights."""
+    lines = parity.get("merged")  # free-form to the format
+    return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
 
 def memory_rows(bundle: Bundle) -> list[tuple[str, ...]]:

@@ -67,6 +67,8 @@ def convert(
     licence: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
     """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
 
@@ -76,7 +78,8 @@ def convert(
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
     own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
     model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
-    all.
+    all.  `loras` are files and how much each counts, merged in that order; `embeddings` are files
+    of textual inversion and their tokens, None for the file's own.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
@@ -91,7 +94,10 @@ def convert(
             f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
         ) from None
     every = tuple((width, height) for width, height in sizes)
-    return build(checkpoint, out, options, recipe, precision, every, name, licence, force, progress)
+    return build(
+        checkpoint, out, options, recipe, precision, every, name, licence, force, progress,
+        loras=loras, embeddings=embeddings,
+    )  # fmt: skip
 
 
 def stages(encoders: int = 1) -> int:

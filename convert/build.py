@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..runtime import check as checks
 from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
-from . import modules, recipe, reference, tokenizer
+from . import embedding, lora, modules, recipe, reference, tokenizer
 from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
 from .modules import NORM_INPUT
 from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
@@ -58,6 +58,8 @@ def build(
     licence: str | None,
     force: bool,
     progress: Progress,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
     """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
     modules.return_freed_memory()
@@ -66,6 +68,10 @@ def build(
         checkpoint = dataclasses.replace(
             checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
         )
+        for path, weight in loras:
+            checkpoint = lora.merge(checkpoint, Path(path), weight)
+        for path, token in embeddings:
+            checkpoint = embedding.add(checkpoint, Path(path), token)
         job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
@@ -97,6 +103,8 @@ class _Job:
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
         self.progress = progress
         self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
+        self.notes += [note for addition in checkpoint.additions for note in addition.notes]
+        self.prompts = (PROMPT, *reference.OTHER_PROMPTS, *_new_tokens(checkpoint))
         scale = checkpoint.vae_scale
         latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
         guided = self.recipe.guidance not in (0, 1)
@@ -147,9 +155,9 @@ class _Job:
         self.progress(f"record {name}")
         module = getattr(modules, name)(self.checkpoint)
         kind = TEXT_ENCODERS[name]
-        source = tokenizer.original(self.checkpoint.tokenizers[kind])
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
-        tokens = [tokenizer.original_ids(source, p, self.tokens[kind].max_length) for p in prompts]
+        source = tokenizer.original(self.checkpoint, kind)
+        length = self.tokens[kind].max_length
+        tokens = [tokenizer.original_ids(source, prompt, length) for prompt in self.prompts]
         with modules.census(module) as census:
             self.reference.runs[name] = reference.record_text(module, tokens)
         return self._export(name, module, census)
@@ -248,6 +256,7 @@ class _Job:
             },
             "census": {name: _worst(census) for name, census in self.reference.census.items()},
             **self.target.report(),
+            **_merged(self.checkpoint),
             "notes": self.notes,
         }
 
@@ -270,10 +279,9 @@ class _Job:
         checks.save(self.staged, runs, self.reference.picture)
 
     def _check_tokenizer(self, bundle: Bundle) -> None:
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
         for name in self.encoders:
             encode = Tokenizer(bundle, TEXT_ENCODERS[name])
-            for prompt, run in zip(prompts, self.reference.runs[name], strict=True):
+            for prompt, run in zip(self.prompts, self.reference.runs[name], strict=True):
                 if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
                     raise ConvertError(
                         f"{TEXT_ENCODERS[name]}.json encodes {prompt!r} unlike transformers' "
@@ -342,6 +350,19 @@ def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | N
         return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
     least = min(scale * 2**levels, *default)
     return Sizes(default, multiple, least, max(2048, *default))
+
+
+def _new_tokens(checkpoint: Checkpoint) -> list[str]:
+    """A prompt of every embedding, if there are any, so that their vectors are compared as well."""
+    tokens = dict.fromkeys(token for added in checkpoint.tokens.values() for token in added)
+    names = [token for token in tokens if token.rpartition("_")[0] not in tokens]
+    return [" ".join(names)] if names else []
+
+
+def _merged(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The report's lines about files that are in the weights, if there are any."""
+    lines = [f"{a.text}, sha256 {bundles.hash_file(a.path)}" for a in checkpoint.additions]
+    return {"merged": lines} if lines else {}
 
 
 def _of_component(name: str, census: dict) -> Census:

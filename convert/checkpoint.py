@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,7 @@ PIPELINES = (
 )
 FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 UNUSED_BY_UNET = {  # config field -> the only value that the exported graph computes
@@ -94,8 +96,9 @@ class Checkpoint:
     scheduler: dict
     model_index: dict
     tokenizers: dict[str, Path]  # by name: tokenizer, tokenizer_2
-    patches: dict[str, dict[str, tuple[Patch, ...]]] = field(default_factory=dict)  # by component
-    tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # new ones, by tokenizer
+    # What is merged, by component and tensor; the tokens added, by tokenizer; from which files.
+    patches: dict[str, dict[str, tuple[Patch, ...]]] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     additions: tuple[Addition, ...] = ()
 
     @property
@@ -343,7 +346,7 @@ def _weights(folder: Path, stem: str) -> tuple[Path, ...]:
         if index.is_file():
             return _shards(index)
     seen = sorted(p.name for p in folder.iterdir())
-    pickled = [name for name in seen if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    pickled = [name for name in seen if name.endswith(PICKLED)]
     if pickled:
         raise CheckpointError(
             f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; "

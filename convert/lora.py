@@ -21,6 +21,7 @@ import numpy as np
 from . import names
 from .checkpoint import (
     FAMILIES,
+    PICKLED,
     Addition,
     Checkpoint,
     CheckpointError,
@@ -89,7 +90,6 @@ OTHER_FAMILIES = {  # part of a flat name -> the family that has such layers
 }
 WIDTHS = FAMILIES | {2048: "sdxl"}  # of what cross attention reads
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 SHOWN = 4  # names in an error
 
 

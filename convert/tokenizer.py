@@ -29,7 +29,7 @@ def write_tokenizer(
     for name in SHIPPED:
         if (given / name).is_file():
             shutil.copyfile(given / name, out / name)
-    source = original(given)
+    source = original(checkpoint, kind)
     fast = source.backend_tokenizer.to_str(pretty=False)
     (out / "tokenizer.json").write_text(fast + "\n", encoding="utf-8")
     length = checkpoint.configs[encoder]["max_position_embeddings"]
@@ -38,19 +38,25 @@ def write_tokenizer(
     return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
-def original(folder: Path) -> Any:
-    """transformers' own tokenizer of a folder: the independent side of a check."""
+def original(checkpoint: Checkpoint, kind: str) -> Any:
+    """transformers' own tokenizer, with the checkpoint's new tokens: what a check compares with."""
     from transformers import CLIPTokenizerFast
 
+    folder = checkpoint.tokenizers[kind]
     try:
-        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        source = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         message = str(error).strip().splitlines()[0]
         raise ConvertError(f"{folder} is no CLIP tokenizer: {message}") from None
+    source.add_tokens(list(checkpoint.tokens.get(kind, ())))
+    return source
 
 
 def original_ids(tokenizer: Any, prompt: str, length: int) -> np.ndarray:
-    """The token ids of a prompt by transformers: (1, length)."""
+    """A prompt's ids, (1, length), by transformers; diffusers spells new tokens out."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
     ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
     return np.array([ids], np.int64)
 
