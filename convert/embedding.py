@@ -13,14 +13,13 @@ from ..bundle import TEXT_ENCODERS
 from . import tokenizer
 from .checkpoint import (
     FAMILIES,
-    PICKLED,
     Addition,
     Checkpoint,
     CheckpointError,
     Tensors,
-    read_header,
-    read_tensor,
+    read_finite,
 )
+from .single import open_file
 
 ENCODERS = {  # names in a file -> whose vectors; any other name alone is the token itself
     "emb_params": "text_encoder",
@@ -76,28 +75,25 @@ def _read(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
     """The token that a file states, if any, and its vectors, (count, width), by text encoder."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give an embedding as safetensors")
-    if path.suffix.lower() in PICKLED:
+    found = open_file(path)
+    known = set(found) & set(ENCODERS)
+    if not found or (known != set(found) and len(found) != 1):
+        seen = f" ({', '.join(sorted(found)[:3])})" if found else ""
         raise CheckpointError(
-            f"{path} is pickled, which can run code when read; convert it to safetensors"
-        )
-    header, start = read_header(path)
-    known = set(header) & set(ENCODERS)
-    if known != set(header) and len(header) != 1:
-        raise CheckpointError(
-            f"{path.name} is no embedding: it holds {len(header)} tensors "
-            f"({', '.join(sorted(header)[:3])}), an embedding {', '.join(ENCODERS)} or one token"
+            f"{path.name} is no embedding: it holds {len(found)} tensors{seen}, an embedding "
+            "clip_l and clip_g, emb_params or one that is named as its token"
         )
     vectors: dict[str, np.ndarray] = {}
-    for name, entry in header.items():
-        encoder = ENCODERS.get(name, "text_encoder")
-        if len(entry["shape"]) not in (1, 2) or not entry["dtype"].endswith(("F16", "F32", "F64")):
+    for name, stored in found.items():
+        if len(stored.shape) not in (1, 2) or not stored.is_float:
             raise CheckpointError(
-                f"{path.name}: {name} is {entry['dtype']} of shape {tuple(entry['shape'])}, "
-                "not vectors"
+                f"{path.name}: {name} is {stored.dtype} of shape {stored.shape}, not vectors"
             )
-        values = read_tensor(name, path, start + entry["data_offsets"][0], entry)
-        vectors[encoder] = np.atleast_2d(values)
-    return next(iter(set(header) - known), None), vectors
+        encoder = ENCODERS.get(name, "text_encoder")
+        if encoder in vectors:
+            raise CheckpointError(f"{path.name} has vectors for {encoder} twice")
+        vectors[encoder] = np.atleast_2d(read_finite(name, stored))
+    return next(iter(set(found) - known), None), vectors
 
 
 def _check_vectors(checkpoint: Checkpoint, path: Path, vectors: dict[str, np.ndarray]) -> None:

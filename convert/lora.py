@@ -21,16 +21,15 @@ import numpy as np
 from . import names
 from .checkpoint import (
     FAMILIES,
-    PICKLED,
     Addition,
     Checkpoint,
     CheckpointError,
     Patch,
     Tensors,
-    read_header,
-    read_metadata,
-    read_tensor,
+    read_finite,
 )
+from .single import open_file
+from .storage import Stored, read_metadata
 
 Shape = tuple[int, ...]
 Patches = dict[str, dict[str, Patch]]  # by component, then by the tensor's name
@@ -118,24 +117,24 @@ def read(
 
     Raises CheckpointError, naming the tensors of the file, if any does not apply.
     """
-    stored = _stored(path)
-    every = {c: Tensors(checkpoint, c) for c in COMPONENTS if c in checkpoint.configs}
-    modules = {c: _modules(checkpoint, c, tensors) for c, tensors in every.items()}
-    layers, problems = _layers(modules, stored)
-    configs = _configs(path, stored)
+    every = _parts(path)
+    tensors = {c: Tensors(checkpoint, c) for c in COMPONENTS if c in checkpoint.configs}
+    modules = {c: _modules(checkpoint, c, given) for c, given in tensors.items()}
+    layers, problems = _layers(modules, every)
+    configs = _configs(path, every)
     patches: Patches = {}
     silent = []  # layers whose alpha nobody states
     for layer in layers:
         try:
             patches.setdefault(layer.component, {}).update(
-                _patches(path.name, layer, every[layer.component], weight, configs)
+                _patches(path.name, layer, tensors[layer.component], weight, configs)
             )
         except ValueError as error:
             problems += [(part.name, str(error)) for part in layer.parts.values()]
         else:
             silent += [layer] if _is_silent(layer, configs) else []
     if problems:
-        raise CheckpointError(_refusal(checkpoint, path, stored, problems))
+        raise CheckpointError(_refusal(checkpoint, path, every, problems))
     scaled = [layer for layer in layers if _form(layer).rank(_shapes(layer)) is not None]
     if silent and len(silent) < len(scaled):
         raise CheckpointError(
@@ -151,24 +150,22 @@ def read(
 
 
 @dataclass(frozen=True)
-class Stored:
+class Part:
     """A tensor of a file, read when it is asked for."""
 
     name: str
-    path: Path
-    offset: int
-    entry: dict
+    stored: Stored
 
     @property
     def shape(self) -> Shape:
-        return tuple(self.entry["shape"])
+        return self.stored.shape
 
     def read(self) -> np.ndarray:
         """The tensor as float64."""
-        return read_tensor(self.name, self.path, self.offset, self.entry).astype(np.float64)
+        return read_finite(self.name, self.stored).astype(np.float64)
 
 
-Parts = Mapping[str, Stored]  # of one layer, by role
+Parts = Mapping[str, Part]  # of one layer by role, or of a file by name
 
 
 @dataclass(frozen=True)
@@ -177,35 +174,30 @@ class Layer:
 
     component: str
     module: str  # its path, as the checkpoint's tensors have it
-    parts: dict[str, Stored]
+    parts: dict[str, Part]
 
 
-def _stored(path: Path) -> dict[str, Stored]:
-    """Every tensor of the file; refuses what is no file of safetensors."""
+def _parts(path: Path) -> dict[str, Part]:
+    """Every tensor of a file by name."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give a LoRA as safetensors")
-    if path.suffix.lower() in PICKLED:
-        raise CheckpointError(
-            f"{path} is pickled, which can run code when read; convert it to safetensors"
-        )
-    header, start = read_header(path)
-    if not header:
+    parts = {name: Part(name, stored) for name, stored in open_file(path).items()}
+    if not parts:
         raise CheckpointError(f"{path} holds no tensors; fetch it again")
-    return {
-        name: Stored(name, path, start + entry["data_offsets"][0], entry)
-        for name, entry in header.items()
-    }
+    return parts
 
 
 def _layers(
-    modules: Mapping[str, Mapping[str, str]], stored: Mapping[str, Stored]
+    modules: Mapping[str, Mapping[str, str]], every: Parts
 ) -> tuple[list[Layer], list[tuple[str, str]]]:
     """The file's tensors by layer of the checkpoint, and those that belong to none, with why."""
     found: dict[tuple[str, str], Layer] = {}
     problems = []
-    for name, part in stored.items():
+    for name, part in every.items():
         try:
             path, role = _split(name)
+            if role != "alpha" and not part.stored.is_float:
+                raise ValueError(f"is {part.stored.dtype}, not a weight")
             component, module = _find(modules, path)
         except ValueError as error:
             problems.append((name, str(error)))
@@ -471,9 +463,9 @@ class Difference:
 
     source: str
     form: Form
-    parts: dict[str, Stored]
+    parts: dict[str, Part]
     scale: float
-    magnitude: Stored | None = None
+    magnitude: Part | None = None
     inputs: bool = False  # the lengths are those of columns
 
     def shape(self, shape: Shape) -> Shape:
@@ -531,7 +523,7 @@ def _base_shape(tensors: Tensors, name: str) -> Shape:
     return tensors.shape(name)
 
 
-def _magnitude(parts: Parts, base: Shape) -> tuple[Stored | None, bool]:
+def _magnitude(parts: Parts, base: Shape) -> tuple[Part | None, bool]:
     """DoRA's lengths, if there are any, and whether they are those of columns.
 
     PEFT has one per output.  LyCORIS has a dimension for every one of the weight's, and which of
@@ -559,7 +551,7 @@ def _by(shape: tuple[int, int]) -> str:
 Configs = dict[str, dict[str, Any]]  # by component; "" is for all
 
 
-def _configs(path: Path, stored: Mapping[str, Stored]) -> Configs:
+def _configs(path: Path, every: Parts) -> Configs:
     """PEFT's configuration: of the file's own header, as diffusers writes it, or beside it."""
     said = read_metadata(path).get("lora_adapter_metadata")
     if said is not None:
@@ -569,7 +561,7 @@ def _configs(path: Path, stored: Mapping[str, Stored]) -> Configs:
             configs.setdefault(component, {})[field] = value
         return configs
     beside = path.parent / "adapter_config.json"
-    if beside.is_file() and all(name.startswith(PEFT) for name in stored):
+    if beside.is_file() and all(name.startswith(PEFT) for name in every):
         return {"": _parse(beside, beside.read_text("utf-8"))}
     return {}
 
@@ -644,26 +636,26 @@ def _is_silent(layer: Layer, configs: Configs) -> bool:
 def _refusal(
     checkpoint: Checkpoint,
     path: Path,
-    stored: Mapping[str, Stored],
+    every: Parts,
     problems: list[tuple[str, str]],
 ) -> str:
     """One line about all that did not apply: how many, the first of them, and whose they may be."""
     shown = ", ".join(f"{name} ({why})" for name, why in problems[:SHOWN])
     more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    made, mine = _made_for(stored), checkpoint.family
+    made, mine = _made_for(every), checkpoint.family
     hint = "a LoRA is merged as a whole or not at all"
     if made and made != mine and mine != "sd":
         hint = f"it is for {made}, the checkpoint is {mine}: take a LoRA that is for {mine}"
     return (
-        f"{path.name}: {len(problems)} of its {len(stored)} tensors do not apply: "
+        f"{path.name}: {len(problems)} of its {len(every)} tensors do not apply: "
         f"{shown}{more}; {hint}"
     )
 
 
-def _made_for(stored: Mapping[str, Stored]) -> str | None:
+def _made_for(every: Parts) -> str | None:
     """The family that a file seems to be for."""
     widths: Counter[int] = Counter()
-    for name, part in stored.items():
+    for name, part in every.items():
         flat = _flat(name)
         for sign, family in OTHER_FAMILIES.items():
             if sign in flat:

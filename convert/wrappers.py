@@ -121,7 +121,8 @@ class UNet(torch.nn.Module):
         for block in net.down_blocks:
             x, more = block(x, temb, **_context(block, context))
             skips += more
-        x = net.mid_block(x, temb, encoder_hidden_states=context)
+        if net.mid_block is not None:
+            x = net.mid_block(x, temb, **_context(net.mid_block, context))
         for block in net.up_blocks:
             skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             # always sized like the next skip, so that odd sizes come back as they went down
