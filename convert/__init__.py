@@ -15,6 +15,7 @@ from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from .checkpoint import Checkpoint
 
 __all__ = [
     "TARGETS",
@@ -56,7 +57,7 @@ FORMS = {  # what each can, for the message
 
 
 def convert(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
     target: str = "onnx",
     weights: str | Recipe | None = None,
@@ -70,7 +71,9 @@ def convert(
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
-    """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
+    """Convert a checkpoint to a bundle at `out`, which exists only once it was compared.
+
+    It is a folder in the diffusers layout, a single file, or what `open_checkpoint` returned.
 
     `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
     networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)

@@ -48,7 +48,7 @@ WORST_LAYERS = 3  # of a component's census, named in the report
 
 
 def build(
-    folder: str | os.PathLike,
+    source: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
     options: Options | None,
     weights: Weights,
@@ -64,9 +64,9 @@ def build(
     """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
     modules.return_freed_memory()
     with modules.quiet(), bundles.staging(out, force) as staged:
-        checkpoint = open_checkpoint(Path(folder))
+        opened = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
         checkpoint = dataclasses.replace(
-            checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
+            opened, name=name or opened.name, license=licence or opened.license
         )
         for path, weight in loras:
             checkpoint = lora.merge(checkpoint, Path(path), weight)
@@ -102,7 +102,8 @@ class _Job:
             raise ConvertError(str(error)) from None
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
         self.progress = progress
-        self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
+        self.recipe, notes = recipe.from_checkpoint(checkpoint)
+        self.notes = [*checkpoint.notes, *notes]
         self.notes += [note for addition in checkpoint.additions for note in addition.notes]
         self.prompts = (PROMPT, *reference.OTHER_PROMPTS, *_new_tokens(checkpoint))
         scale = checkpoint.vae_scale
@@ -155,7 +156,7 @@ class _Job:
         self.progress(f"record {name}")
         module = getattr(modules, name)(self.checkpoint)
         kind = TEXT_ENCODERS[name]
-        source = tokenizer.original(self.checkpoint, kind)
+        source = tokenizer.of(self.checkpoint, kind)
         length = self.tokens[kind].max_length
         tokens = [tokenizer.original_ids(source, prompt, length) for prompt in self.prompts]
         with modules.census(module) as census:
@@ -224,9 +225,8 @@ class _Job:
 
     def _copy_ecosystem_files(self) -> None:
         """What other tools look for beside the component folders."""
-        shutil.copyfile(
-            self.checkpoint.folder / "model_index.json", self.staged / "model_index.json"
-        )
+        index = json.dumps(self.checkpoint.model_index, indent=2)
+        (self.staged / "model_index.json").write_text(index + "\n", encoding="utf-8")
         scheduler = self.staged / "scheduler"
         scheduler.mkdir()
         text = json.dumps(self.checkpoint.scheduler, indent=2, sort_keys=True)

@@ -130,7 +130,7 @@ def _append(
 ) -> Checkpoint:
     """The checkpoint whose text encoder and tokenizer know these tokens, a row each."""
     kind, config = TEXT_ENCODERS[encoder], checkpoint.configs[encoder]
-    source = tokenizer.original(checkpoint, kind)
+    source = tokenizer.of(checkpoint, kind)
     _check_tokens(path, source, added, checkpoint.tokens.get(kind, ()))
     start, table = len(source), Tensors(checkpoint, encoder)
     name = next((name for name in table if name.endswith(TABLE)), None)

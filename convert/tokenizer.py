@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import bundle as bundles
-from .checkpoint import Checkpoint, ConvertError
+from .checkpoint import VOCABULARY, Checkpoint, ConvertError
 
 SHIPPED = ("vocab.json", "merges.txt", "special_tokens_map.json")
+ENDS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def write_tokenizer(
@@ -24,32 +27,56 @@ def write_tokenizer(
     Raises ConvertError if it is no CLIP tokenizer.
     """
     kind = bundles.TEXT_ENCODERS[encoder]
-    given, out = checkpoint.tokenizers[kind], folder / kind
+    out = folder / kind
     out.mkdir()
+    given = checkpoint.tokenizers[kind]
+    if given == VOCABULARY:
+        _write_vocabulary(out)
+        given = out
     for name in SHIPPED:
-        if (given / name).is_file():
+        if (given / name).is_file() and given != out:
             shutil.copyfile(given / name, out / name)
-    source = original(checkpoint, kind)
+    source = of(checkpoint, kind)
     fast = source.backend_tokenizer.to_str(pretty=False)
     (out / "tokenizer.json").write_text(fast + "\n", encoding="utf-8")
     length = checkpoint.configs[encoder]["max_position_embeddings"]
     _write_old_form(out)
+    if kind in checkpoint.pads:
+        _write_special_tokens(out, source)
     _write_config(given, out, source, length)
     return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
-def original(checkpoint: Checkpoint, kind: str) -> Any:
-    """transformers' own tokenizer, with the checkpoint's new tokens: what a check compares with."""
+def of(checkpoint: Checkpoint, kind: str) -> Any:
+    """transformers' own tokenizer of a checkpoint, new tokens too: what a check compares with."""
+    given, pad = checkpoint.tokenizers[kind], checkpoint.pads.get(kind)
+    encoder = next(name for name, k in bundles.TEXT_ENCODERS.items() if k == kind)
+    if given == VOCABULARY:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_vocabulary(Path(folder))
+            found = original(Path(folder), pad)
+    else:
+        found = original(given, pad)
+    known = checkpoint.configs[encoder].get("vocab_size", len(found))
+    if len(found) > known:
+        raise ConvertError(
+            f"{kind} has {len(found):,} tokens, {encoder} knows {known:,}: give its own, "
+            "--tokenizer FOLDER"
+        )
+    found.add_tokens(list(checkpoint.tokens.get(kind, ())))
+    return found
+
+
+def original(folder: Path, pad: str | None = None) -> Any:
+    """transformers' own tokenizer of a folder, which pads with `pad` if that is told."""
     from transformers import CLIPTokenizerFast
 
-    folder = checkpoint.tokenizers[kind]
+    options = {} if pad is None else {"pad_token": pad}
     try:
-        source = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # transformers raises whatever its parsers raise
         message = str(error).strip().splitlines()[0]
         raise ConvertError(f"{folder} is no CLIP tokenizer: {message}") from None
-    source.add_tokens(list(checkpoint.tokens.get(kind, ())))
-    return source
 
 
 def original_ids(tokenizer: Any, prompt: str, length: int) -> np.ndarray:
@@ -59,6 +86,37 @@ def original_ids(tokenizer: Any, prompt: str, length: int) -> np.ndarray:
     prompt = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
     ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
     return np.array([ids], np.int64)
+
+
+def _write_vocabulary(out: Path) -> None:
+    """CLIP's tokenizer: bytes, bytes that end a word, one token for every merge, and two ends."""
+    with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[:-1]
+    letters = list(_letters())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += [merge.replace(" ", "") for merge in merges] + list(ENDS)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    text = json.dumps(vocab, ensure_ascii=False)
+    (out / "vocab.json").write_text(text + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *merges]
+    (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _letters() -> str:
+    """The 256 characters that stand for bytes, in the order of CLIP's first tokens.
+
+    Those that can be printed stand for themselves, the others for what follows Latin's first 256.
+    """
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    others = range(256, 256 + 256 - len(printed))
+    return "".join(map(chr, [*printed, *others]))
+
+
+def _write_special_tokens(out: Path, source: Any) -> None:
+    start, end = ENDS
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": source.pad_token}
+    text = json.dumps(special, indent=1, ensure_ascii=False)
+    (out / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _write_old_form(out: Path) -> None:
