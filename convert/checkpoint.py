@@ -72,8 +72,11 @@ class Patch(Protocol):
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that a tensor of this shape gets."""
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """The tensor with the patch, as float32 or float64; `values` stays as it is."""
+    def __call__(self, values: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """`values` with the patch, as float32 or float64, in new memory.
+
+        `base` is what the checkpoint has, before the first patch.
+        """
 
 
 @dataclass(frozen=True)
@@ -296,9 +299,9 @@ class Tensors(Mapping[str, np.ndarray]):
                 self._where[name] = stored
 
     def __getitem__(self, name: str) -> np.ndarray:
-        values = read_finite(name, self._where[name])
+        values = base = read_finite(name, self._where[name])
         for patch in self._patches.get(name, ()):
-            values = patch(values)
+            values = patch(values, base)
         return values.astype(np.float32, copy=False) if values.dtype == np.float64 else values
 
     def __iter__(self) -> Iterator[str]:

@@ -43,7 +43,7 @@ class Appended:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.start + len(self.rows), *shape[1:])
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
+    def __call__(self, values: np.ndarray, base: np.ndarray) -> np.ndarray:
         return np.concatenate([values[: self.start], self.rows.astype(values.dtype)])
 
 

@@ -24,6 +24,7 @@ from .checkpoint import (
     Addition,
     Checkpoint,
     CheckpointError,
+    OptionError,
     Patch,
     Tensors,
     read_finite,
@@ -98,6 +99,8 @@ def merge(checkpoint: Checkpoint, path: Path | str, weight: float = 1.0) -> Chec
     Raises CheckpointError for a file that does not apply as a whole.
     """
     path = Path(path)
+    if not math.isfinite(weight):
+        raise OptionError(f"{path.name}: weight {weight} is not a finite number")
     patches, notes = read(checkpoint, path, weight)
     merged = {component: dict(tensors) for component, tensors in checkpoint.patches.items()}
     for component, tensors in patches.items():
@@ -455,10 +458,10 @@ def _shapes(layer: Layer) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A patch: values + scale * the difference, as float64; then, of DoRA, rows of a set length.
+    """A patch: values + scale * the difference, as float64; with DoRA rows of that get new lengths.
 
-    DoRA's length replaces that of the sum as it is by then, with what was merged before it; the
-    weight scales the difference and not the length.  That is what PEFT merges.
+    They are multiplied by the file's length over that of base + scale * the difference, whatever
+    was merged before, and the weight scales the difference alone: that is what PEFT merges.
     """
 
     source: str
@@ -471,13 +474,16 @@ class Difference:
     def shape(self, shape: Shape) -> Shape:
         return shape
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
+    def __call__(self, values: np.ndarray, base: np.ndarray) -> np.ndarray:
         matrix = self.form.matrix({role: part.read() for role, part in self.parts.items()})
         total = matrix.reshape(values.shape)
         total *= self.scale
-        total += values
         if self.magnitude is not None:
-            self._set_length(total, self.magnitude.read())
+            factor = self._factor(total + base, self.magnitude.read())
+            total += values
+            total *= factor
+        else:
+            total += values
         if max(-total.min(), total.max()) > np.finfo(np.float32).max:
             raise CheckpointError(
                 f"{self.source}: {next(iter(self.parts.values())).name} reaches beyond float32; "
@@ -485,12 +491,12 @@ class Difference:
             )
         return total
 
-    def _set_length(self, total: np.ndarray, magnitude: np.ndarray) -> None:
-        axes = tuple(axis for axis in range(total.ndim) if axis != int(self.inputs))
-        norm = np.sqrt(np.square(total).sum(axis=axes, keepdims=True))
+    def _factor(self, alone: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        """By what each row is multiplied."""
+        axes = tuple(axis for axis in range(alone.ndim) if axis != int(self.inputs))
+        norm = np.sqrt(np.square(alone).sum(axis=axes, keepdims=True))
         # a row of zeros has no direction, and stays
-        factor = np.divide(magnitude.reshape(norm.shape), norm, where=norm > 0, out=norm)
-        total *= factor
+        return np.divide(magnitude.reshape(norm.shape), norm, where=norm > 0, out=norm)
 
 
 def _patches(
@@ -553,7 +559,9 @@ Configs = dict[str, dict[str, Any]]  # by component; "" is for all
 
 def _configs(path: Path, every: Parts) -> Configs:
     """PEFT's configuration: of the file's own header, as diffusers writes it, or beside it."""
-    said = read_metadata(path).get("lora_adapter_metadata")
+    with path.open("rb") as file:
+        is_safetensors = file.read(9).endswith(b"{")  # the only kind with words of its own
+    said = read_metadata(path).get("lora_adapter_metadata") if is_safetensors else None
     if said is not None:
         configs: Configs = {}
         for key, value in _parse(path, said).items():
@@ -583,8 +591,10 @@ def _configured(layer: Layer, configs: Configs, fields: Mapping[str, str]) -> fl
     """
     config = configs.get(layer.component) or configs.get("") or {}
     for field, patterns in fields.items():
-        value = config.get(field)
-        for pattern, special in (config.get(patterns) or {}).items():
+        value, special_ones = config.get(field), config.get(patterns) or {}
+        if not isinstance(special_ones, dict):
+            raise ValueError(f"the adapter's configuration has {patterns} {special_ones!r}")
+        for pattern, special in special_ones.items():
             name = pattern.removeprefix("^")
             if not all(c.isalnum() or c in "._" for c in name):
                 raise ValueError(f"{patterns} has {pattern!r}: only names of layers are supported")
