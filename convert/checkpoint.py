@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..bundle import TEXT_ENCODERS, TIME_IDS, hash_file
 from . import single
 from .errors import CheckpointError, ConvertError, OptionError
 from .families import PREDICTIONS, USUAL_SCALING
-from .storage import Stored, open_safetensors, read, read_header
+from .storage import Stored, read, read_header
 
 __all__ = [
     "Checkpoint",
@@ -30,6 +31,7 @@ __all__ = [
     "open_checkpoint",
     "read_header",
     "source_hash",
+    "summary",
     "tensors",
 ]
 
@@ -39,6 +41,7 @@ COMPONENTS = {  # component -> its class in model_index.json, the stem of its we
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
 }
+PICKLED = {"model": "pytorch_model"}  # stem of a safetensors file -> of the same pickled
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -49,6 +52,14 @@ PIPELINES = (
 )
 FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 VOCABULARY = Path(__file__).parent / "clip_merges.txt.gz"  # CLIP's; its notice is beside it
+SHOWN = {  # field of a config -> what a listing calls it
+    "text": {"hidden_size": "width", "num_hidden_layers": "layers", "hidden_act": "activation"},
+    "unet": {
+        "block_out_channels": "channels", "transformer_layers_per_block": "transformers",
+        "cross_attention_dim": "text", "mid_block_type": "middle", "time_cond_proj_dim": "guidance",
+    },
+    "vae": {"_class_name": "kind", "block_out_channels": "channels", "scaling_factor": "scaling"},
+}  # fmt: skip
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 UNUSED_BY_UNET = {  # config field -> the only value that the exported graph computes
@@ -290,7 +301,7 @@ class Tensors(Mapping[str, np.ndarray]):
         if self._where:
             return
         for path in checkpoint.weights[component]:
-            for name, stored in open_safetensors(path).items():
+            for name, stored in single.open_file(path).items():
                 if name in self._where:
                     raise CheckpointError(
                         f"{name} is both in {self._where[name].path} and in {path.name}; "
@@ -299,7 +310,10 @@ class Tensors(Mapping[str, np.ndarray]):
                 self._where[name] = stored
 
     def __getitem__(self, name: str) -> np.ndarray:
-        values = base = read_finite(name, self._where[name])
+        stored = self._where[name]
+        if not stored.is_float and not name.endswith("position_ids"):
+            raise CheckpointError(f"{stored.path}: {name} is {stored.dtype}; weights are floats")
+        values = base = read_finite(name, stored)
         for patch in self._patches.get(name, ()):
             values = patch(values, base)
         return values.astype(np.float32, copy=False) if values.dtype == np.float64 else values
@@ -339,6 +353,38 @@ def read_finite(name: str, stored: Stored) -> np.ndarray:
             "the file is damaged, fetch it again"
         )
     return values
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, its scheduler, and of every component what it holds, for a listing."""
+    components = {}
+    for name, config in checkpoint.configs.items():
+        lazy = Tensors(checkpoint, name)
+        entries = [lazy.stored(n) for n in lazy]
+        components[name] = {
+            "tensors": len(entries),
+            "parameters": sum(math.prod(e.shape) for e in entries if e.is_float),
+            "types": sorted({e.dtype for e in entries if e.is_float}),
+            "bytes": sum(e.bytes for e in entries),
+            "shape": _shape_text(name, config),
+        }
+    return {
+        "model": checkpoint.name,
+        "family": checkpoint.family,
+        "licence": checkpoint.license,
+        "pipeline": checkpoint.model_index["_class_name"],
+        "scheduler": checkpoint.scheduler.get("_class_name", "unknown"),
+        "prediction": checkpoint.scheduler.get("prediction_type", "epsilon"),
+        "components": components,
+        "notes": list(checkpoint.notes),
+    }
+
+
+def _shape_text(component: str, config: dict) -> str:
+    """The fields of a config that tell families apart."""
+    shown = SHOWN["text" if component in TEXT_ENCODERS else component]
+    told = {said: config[key] for key, said in shown.items() if key in config}
+    return ", ".join(f"{said} {v}" for said, v in told.items() if v is not None or said == "middle")
 
 
 def source_hash(checkpoint: Checkpoint) -> str:
@@ -428,13 +474,11 @@ def _weights(folder: Path, stem: str) -> tuple[Path, ...]:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
             return _shards(index)
+    for variant in ("", ".fp16"):
+        pickled = folder / f"{PICKLED.get(stem, stem)}{variant}.bin"
+        if pickled.is_file():
+            return (pickled,)
     seen = sorted(p.name for p in folder.iterdir())
-    pickled = [name for name in seen if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-    if pickled:
-        raise CheckpointError(
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; "
-            "convert them to safetensors"
-        )
     raise CheckpointError(f"{folder} has no {stem}.safetensors; it holds {', '.join(seen[:8])}")
 
 

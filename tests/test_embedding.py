@@ -197,7 +197,7 @@ def refused(folder, path, token=None, checkpoint=None):
     [
         ({"<cat>": (2, 33)}, None, "has vectors of 33 values, text_encoder reads 32"),
         ({"<cat>": (2, 768)}, None, "; it is for sd1, the checkpoint is sd"),
-        ({"clip_l": (2, 32), "clip_g": (2, 1280)}, None, "text_encoder_2 is not there; it is for sdxl"),
+        ({"clip_l": (2, 32), "clip_g": (2, 1280)}, None, "2 is not there; it is for sdxl"),
         ({"<cat>": (2, 3, 32)}, None, "<cat> is F32 of shape (2, 3, 32), not vectors"),
         ({"<cat>": ()}, None, "<cat> is F32 of shape (), not vectors"),
         ({"<cat>": (76, 32)}, None, "has 76 vectors, a prompt has room for 75"),
@@ -206,7 +206,7 @@ def refused(folder, path, token=None, checkpoint=None):
         ({"emb_params": (1, 32), "clip_l": (1, 32)}, None, "has vectors for text_encoder twice"),
         ({"emb_params": (1, 32)}, "my cat", "the token 'my cat' has a space"),
         ({"emb_params": (1, 32)}, "\x1b[2J", "has a space or an unprintable sign"),
-        ({"emb_params": (1, 32)}, "a", "the token a is in the vocabulary already; give another one"),
+        ({"emb_params": (1, 32)}, "a", "the token a is in the vocabulary already; give another"),
         ({"emb_params": (1, 32)}, "<|endoftext|>", "is in the vocabulary already"),
     ],
 )  # fmt: skip
@@ -284,6 +284,7 @@ def test_a_lora_and_an_embedding_in_the_picture(trained, tmp_path, rng):
         "fp32",
         loras=[(tmp_path / "ink.safetensors", 0.8)],
         embeddings=[(tmp_path / "cat.safetensors", None)],
+        sizes=[(64, 64)],
     )
     report = made.manifest.parity
     assert [line.split(", sha256")[0] for line in report["merged"]] == [
@@ -309,5 +310,6 @@ def drawn(pipe, prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pipe(
-            prompt, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="np"
-        ).images[0]
+            prompt, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
+            generator=generator, output_type="np",
+        ).images[0]  # fmt: skip
