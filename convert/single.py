@@ -85,12 +85,14 @@ def open_file(path: Path) -> dict[str, Stored]:
         found = open_gguf(path)
     elif head.startswith(b"PK\x03\x04"):
         found = open_pickle(path)
+    elif head[8:9] == b"{":  # before it the header's length, which may begin like a pickle
+        found = open_safetensors(path)
     elif head.startswith(b"\x80") or head[257:] == b"ustar":
         raise CheckpointError(
             f"{path} was saved by torch before 1.6 or is a bare pickle, which can run code when "
             f"read; {NEXT_MOVE}"
         )
-    elif head[8:9] == b"{" or path.suffix == ".safetensors":
+    elif path.suffix == ".safetensors":
         found = open_safetensors(path)
     else:
         raise CheckpointError(

@@ -679,6 +679,15 @@ def test_what_is_no_file_of_tensors(sd, tmp_path):
     assert "the header claims" in refused(sd, path)
 
 
+def test_a_header_whose_length_begins_like_a_pickle(sd, tmp_path):
+    path = tmp_path / "x.safetensors"
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    header = json.dumps({f"{CONV}.diff_b": entry}).ljust(0x80).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    assert path.read_bytes()[:1] == b"\x80"
+    assert list(merged(sd, (path, 1.0)).patches["unet"]) == ["conv_in.bias"]
+
+
 def test_a_zipped_checkpoint_of_torch_is_read_without_executing_it(sd, file, tmp_path):
     path, tensors, _ = file
     torch.save(
