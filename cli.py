@@ -333,7 +333,7 @@ def convert(
     if more := columns([*weights_rows(bundle.manifest.parity), *memory_rows(bundle)]):
         click.echo(more)
     for note in bundle.manifest.parity["notes"]:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
     click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from .. import bundle as bundles
 from .checkpoint import VOCABULARY, Checkpoint, ConvertError
 
+TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 SHIPPED = ("vocab.json", "merges.txt", "special_tokens_map.json")
 ENDS = ("<|startoftext|>", "<|endoftext|>")
 
@@ -43,7 +44,7 @@ def write_tokenizer(
     _write_old_form(out)
     if kind in checkpoint.pads:
         _write_special_tokens(out, source)
-    _write_config(given, out, source, length)
+    _write_config(given, out, source, length, added=kind in checkpoint.tokens)
     return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
@@ -129,7 +130,7 @@ def _write_old_form(out: Path) -> None:
         merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
 
 
-def _write_config(given: Path, out: Path, source: Any, length: int) -> None:
+def _write_config(given: Path, out: Path, source: Any, length: int, added: bool) -> None:
     """The checkpoint's tokenizer_config.json with the length that the graph takes.
 
     Other tools pad to model_max_length, whatever the text encoder reads.
@@ -141,5 +142,10 @@ def _write_config(given: Path, out: Path, source: Any, length: int) -> None:
         "pad_token": source.pad_token,
         "tokenizer_class": "CLIPTokenizer",
     }
+    if added:  # transformers 4 takes these from here or from a file of their own
+        config["added_tokens_decoder"] = {
+            str(i): {field: getattr(token, field) for field in TOKEN_FIELDS}
+            for i, token in source.added_tokens_decoder.items()
+        }
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """A textual inversion is a word of every prompt, as diffusers reads it."""
 
+import json
 import warnings
 
 import numpy as np
@@ -170,7 +171,10 @@ def test_other_tools_read_the_written_tokenizer(sd, tmp_path, rng):
     save_file({"<cat>": floats(rng, 2, 32)}, tmp_path / "cat.safetensors")
     checkpoint = embedding.add(open_checkpoint(sd), tmp_path / "cat.safetensors")
     ours = written(checkpoint, tmp_path / "out")
-    theirs = CLIPTokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
+    folder = tmp_path / "out" / "tokenizer"
+    said = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert [said[i]["content"] for i in ("2048", "2049")] == ["<cat>", "<cat>_1"]
+    theirs = CLIPTokenizerFast.from_pretrained(folder)
     assert tokenizer.original_ids(theirs, PROMPT, 77).tolist() == ours(PROMPT).ids.tolist()
 
 

@@ -9,7 +9,13 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from ferrotype import cli
-from ferrotype.benchmarks.checkpoints import TINY, TINY_XL, write_checkpoint
+from ferrotype.benchmarks.checkpoints import (
+    SMALL,
+    TINY,
+    TINY_XL,
+    write_checkpoint,
+    write_single,
+)
 from ferrotype.convert import lora, names
 from ferrotype.convert.checkpoint import CheckpointError, Tensors, open_checkpoint, source_hash
 
@@ -551,6 +557,19 @@ def test_a_row_of_zeros_has_no_direction(sd, tmp_path):
     lengths = np.linalg.norm(found, axis=1)
     assert lengths[3] == 0
     assert np.allclose(np.delete(lengths, 3), 1, atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_single_files_have_the_same_layers(tmp_path, rng, family):
+    """The original naming of the checkpoint changes nothing."""
+    folder = write_checkpoint(tmp_path / "folder", SMALL[family], torch.float16)
+    single = write_single(tmp_path / "single.safetensors", SMALL[family], torch.float16)
+    path = tmp_path / "k.safetensors"
+    kohya_file(rng, folder, path)
+    for component in components(folder):
+        one, other = (Tensors(merged(c, (path, 1.0)), component) for c in (folder, single))
+        for name in one:
+            assert np.array_equal(one[name], other[name]), name
 
 
 # --- what is refused ----------------------------------------------------------------------------
