@@ -50,7 +50,6 @@ PIPELINES = (
     "LatentConsistencyModelImg2ImgPipeline",
     *XL_PIPELINES,
 )
-FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 VOCABULARY = Path(__file__).parent / "clip_merges.txt.gz"  # CLIP's; its notice is beside it
 SHOWN = {  # field of a config -> what a listing calls it
     "text": {"hidden_size": "width", "num_hidden_layers": "layers", "hidden_act": "activation"},
@@ -153,7 +152,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     tokenizers = {t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names}
     for tokenizer in tokenizers.values():
         _check_tokenizer(tokenizer)
-    family = FAMILIES.get(configs["unet"].get("cross_attention_dim", 0), "sd")
+    family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
     return Checkpoint(
         folder=folder,
         name=folder.resolve().name,

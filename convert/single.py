@@ -60,6 +60,7 @@ IGNORED = (  # what whole files hold beside weights that are used
 IGNORED_INSIDE = ("loss.", "model_ema.")  # of a component, likewise
 IGNORED_ENDS = ("position_ids", "logit_scale", "attn_mask", "text_projection.bias")
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and SDXL base, and models of their shape"
+FAMILY_OF = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 VAE_PARTS = ("vae_decoder", "vae_encoder")
 
 
@@ -242,7 +243,7 @@ def _family(configs: Mapping[str, dict[str, Any]]) -> str:
             if added
             else "it has SDXL's two text encoders and another model's U-Net: two models are mixed"
         )
-    return {768: "sd1", 1024: "sd2"}.get(widths[0], "sd")
+    return FAMILY_OF.get(widths[0], "sd")
 
 
 def _prediction(found: Mapping[str, Stored], family: str) -> str:
