@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,12 @@ class Checkpoint:
     scheduler: dict
     model_index: dict
     tokenizers: dict[str, Path]  # by name, tokenizer and tokenizer_2: folders, or VOCABULARY
-    pads: dict[str, str] = field(default_factory=dict)  # what tokenizers pad with, if told
-    stored: dict[str, dict[str, Stored]] = field(default_factory=dict)  # of single files
+    pads: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # what tokenizers pad with, if told
+    stored: dict[str, dict[str, Stored]] = dataclasses.field(
+        default_factory=dict
+    )  # of single files
     notes: tuple[str, ...] = ()  # what was assumed, for the report
 
     @property
@@ -109,8 +113,8 @@ def open_checkpoint(
     """Look at a checkpoint, a folder in the diffusers layout or a file in the original naming.
 
     `tokenizer` is the folder of another one, for every text encoder.  `prediction`, epsilon or
-    v_prediction, is what the U-Net predicts if the checkpoint does not tell or is wrong.  `vae` is a
-    file with another autoencoder, or TAESD's two.
+    v_prediction, is what the U-Net predicts if the checkpoint does not tell or is wrong.  `vae` is
+    a file with another autoencoder, or TAESD's two.
     Raises CheckpointError when a part is missing or unsupported, or when it cannot tell what it is.
     """
     path = Path(path)
@@ -135,8 +139,8 @@ def open_checkpoint(
 def _open_folder(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not there; give a folder in the diffusers layout, or a file: safetensors, "
-            "ckpt or gguf"
+            f"{folder} is not there; give a folder in the diffusers layout, or a file: "
+            "safetensors, ckpt or gguf"
         )
     if not (folder / "model_index.json").is_file():
         seen = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -193,7 +197,7 @@ def _open_file(path: Path, prediction: str | None) -> Checkpoint:
         family=found.family,
         license="unknown",
         configs=found.configs,
-        weights={name: (path,) for name in found.configs},
+        weights=dict.fromkeys(found.configs, (path,)),
         scheduler=found.scheduler,
         model_index=index,
         tokenizers=dict.fromkeys(found.pads, VOCABULARY),
@@ -225,9 +229,7 @@ def _with_vae(checkpoint: Checkpoint, paths: tuple[Path, ...]) -> Checkpoint:
 
 def _check_tokenizer(folder: Path) -> None:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(
-            f"{folder} has neither tokenizer.json nor vocab.json; copy it there"
-        )
+        raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json; copy it there")
 
 
 def check_unet(config: dict) -> None:

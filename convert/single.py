@@ -236,12 +236,14 @@ def _family(configs: Mapping[str, dict[str, Any]]) -> str:
     if len(widths) == 2 and added:
         families.add_pooled(unet, configs["text_encoder_2"]["projection_dim"])
         return "sdxl"
-    if added or len(widths) == 2:
+    if added:
         raise CheckpointError(
-            "the U-Net reads a pooled text beside the states, with one text encoder: that is unCLIP "
-            "or the refiner, which are not supported"
-            if added
-            else "it has SDXL's two text encoders and another model's U-Net: two models are mixed"
+            "the U-Net reads a pooled text, and there is one text encoder: that is unCLIP or the "
+            "refiner, which are not supported"
+        )
+    if len(widths) == 2:
+        raise CheckpointError(
+            "it has SDXL's two text encoders and another model's U-Net: two models are mixed"
         )
     return FAMILY_OF.get(widths[0], "sd")
 

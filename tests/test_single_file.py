@@ -1,4 +1,4 @@
-"""A checkpoint in one file is recognised by its tensors and has the folder's, whatever its format."""
+"""A checkpoint in one file is recognised by its tensors, and has those of the folder."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ferrotype import kernels
 from ferrotype.benchmarks.checkpoints import (
     SD15,
     SDXL,
@@ -18,7 +19,6 @@ from ferrotype.benchmarks.checkpoints import (
     write_checkpoint,
     write_single,
 )
-from ferrotype import kernels
 from ferrotype.bundle import TEXT_ENCODERS
 from ferrotype.convert import convert, modules, native, tokenizer, wrappers
 from ferrotype.convert.checkpoint import (
@@ -30,7 +30,6 @@ from ferrotype.convert.checkpoint import (
     summary,
     tensors,
 )
-
 from ferrotype.runtime import models
 
 torch = pytest.importorskip("torch")
@@ -81,7 +80,7 @@ def refusal(tensors, tmp_path):
 
 @pytest.mark.parametrize("family", SMALL)
 def test_a_file_has_the_tensors_and_the_configs_of_the_folder(files, family):
-    folder, single = open_checkpoint(files / family), open_checkpoint(files / f"{family}.safetensors")
+    folder, single = (open_checkpoint(files / name) for name in (family, f"{family}.safetensors"))
     assert single.family == folder.family
     assert single.configs.keys() == folder.configs.keys()
     for component in folder.configs:
