@@ -18,6 +18,7 @@ from ..bundle import TEXT_ENCODERS, TIME_IDS, hash_file
 from . import single
 from .errors import CheckpointError, ConvertError, OptionError
 from .families import PREDICTIONS, USUAL_SCALING
+from .names import new_attention_name
 from .storage import Stored, read, read_header
 
 __all__ = [
@@ -72,7 +73,6 @@ UNUSED_BY_UNET = {  # config field -> the only value that the exported graph com
     "dual_cross_attention": False,
     "center_input_sample": False,
 }
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 UNUSED_BY_VAE = {"latents_mean": None, "latents_std": None, "shift_factor": None}
 
 
@@ -312,12 +312,6 @@ class Tensors(Mapping[str, np.ndarray]):
     def stored(self, name: str) -> Stored:
         """Where a tensor lies, without reading it."""
         return self._where[name]
-
-
-def new_attention_name(name: str) -> str:
-    """Today's name of a tensor of an autoencoder; until 2022 its attention had others."""
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:

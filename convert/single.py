@@ -54,7 +54,7 @@ INPUTS = {  # channels that a U-Net reads -> what it is then
 }
 IGNORED = (  # what whole files hold beside weights that are used
     "model_ema.", "denoiser.", "loss.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus_",
-    "posterior_", "lvlb_weights", "logvar", "scale_factor", "global_step",
+    "embedding_manager.", "posterior_", "lvlb_weights", "logvar", "scale_factor", "global_step",
     *families.MARKS,
 )  # fmt: skip
 IGNORED_INSIDE = ("loss.", "model_ema.")  # of a component, likewise
@@ -270,7 +270,7 @@ def _read_ldm_vae(shapes: families.Shapes, _: bool) -> tuple[dict[str, Any], nam
 
 
 def _read_clip(shapes: families.Shapes, second: bool) -> tuple[dict[str, Any], names.Table]:
-    return families.clip(shapes, second), names.CLIP
+    return families.clip(shapes, second), names.CLIP | (names.SECOND_CLIP if second else {})
 
 
 def _read_open_clip(shapes: families.Shapes, second: bool) -> tuple[dict[str, Any], names.Table]:
@@ -408,7 +408,7 @@ def _original_vae(found: Mapping[str, Stored]) -> dict[str, Stored]:
     blocks = 1 + max(int(n.split(".")[4]) for n in found if ".down_blocks.0.resnets." in n)
     config = {"block_out_channels": [0] * levels, "layers_per_block": blocks}
     table = names.inverse(names.vae(config))
-    return {names.rename(table, n) or n: stored for n, stored in found.items()}
+    return {names.rename(table, names.new_attention_name(n)) or n: s for n, s in found.items()}
 
 
 def _read_taesd(found: Mapping[str, Stored]) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from ferrotype import kernels
@@ -20,6 +21,7 @@ from ferrotype.benchmarks.checkpoints import (
     write_single,
 )
 from ferrotype.bundle import TEXT_ENCODERS
+from ferrotype.cli import main
 from ferrotype.convert import convert, modules, native, tokenizer, wrappers
 from ferrotype.convert.checkpoint import (
     CheckpointError,
@@ -175,6 +177,23 @@ def test_text_encoders_without_the_usual_prefix_are_the_same(sd1, tmp_path):
     bare = {name.replace("transformer.text_model.", "transformer."): a for name, a in sd1.items()}
     assert bare.keys() != sd1.keys()
     assert set(Tensors(reopened(bare, tmp_path), "text_encoder")) == expected
+
+
+def test_the_second_encoder_may_have_the_names_of_stable_diffusion_cpp(files, sdxl, tmp_path):
+    """It calls both encoders' tensors as transformers does, and leaves the projection turned."""
+    old, new = "conditioner.embedders.1.model.", "cond_stage_model.1.transformer."
+    expected = dict(tensors(open_checkpoint(files / "sdxl"), "text_encoder_2"))
+    given = {f"{new}{n}": a for n, a in expected.items() if n != "text_projection.weight"}
+    given[f"{new}text_model.text_projection"] = expected["text_projection.weight"].T
+    for name, array in sdxl.items():
+        if not name.startswith(old):
+            first = name.replace("conditioner.embedders.0.", "cond_stage_model.")
+            given[first] = array
+    made = reopened(given, tmp_path)
+    found = dict(tensors(made, "text_encoder_2"))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[n], expected[n]) for n in expected)
+    assert made.configs["text_encoder_2"]["projection_dim"] == 96
 
 
 def test_stable_diffusion_2_reads_the_states_before_open_clips_last_layer(files, tmp_path):
@@ -338,6 +357,40 @@ def test_a_header_of_a_gigabyte_is_not_read(tmp_path):
         open_checkpoint(path)
 
 
+# --- on the command line ------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_inspect_says_what_a_checkpoint_is(files, tmp_path):
+    for path in (files / "lcm.safetensors", files / "lcm"):
+        result = run("inspect", path)
+        assert result.exit_code == 0, result.output
+        assert "LCMScheduler" in result.output
+        assert "guidance 16" in result.output
+        seen = json.loads(run("inspect", path, "--json").output)
+        assert seen["family"] == "sd"
+        assert seen["components"].keys() == {"text_encoder", "unet", "vae"}
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    result = run("inspect", tmp_path / "model.gguf")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "not a valid GGUF header" in result.stderr
+
+
+def test_convert_refuses_a_checkpoint_in_one_line_and_writes_nothing(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"\x80\x02N.")
+    result = run("convert", path, "-o", tmp_path / "out.ferro")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "nothing of it was executed" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]
+    result = run("convert", path, "--prediction", "x0")
+    assert result.exit_code == 2
+
+
 # --- tokenizers ---------------------------------------------------------------------------------
 
 IDS = {  # by OpenAI's own tokenizer
@@ -396,6 +449,15 @@ def test_an_autoencoder_of_its_own_replaces_the_checkpoints(files, sd1, sdxl, tm
             assert all(np.array_equal(found[n], expected[n]) for n in expected)
             assert made.configs["vae"]["scaling_factor"] == 0.18215  # the latents are the base's
             assert source_hash(made) != source_hash(open_checkpoint(base))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    given = {}
+    for name, array in load_file(paths["diffusers"]).items():
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        given[name] = array
+    save_file(given, paths["bare"])
+    renamed = dict(tensors(open_checkpoint(files / "sd1", vae=[paths["bare"]]), "vae"))
+    assert renamed.keys() == expected.keys()
     half = {n: a for n, a in cut.items() if not n.startswith("decoder.")}
     save_file(half, paths["bare"])
     with pytest.raises(CheckpointError, match="no autoencoder, or half of one"):
