@@ -249,7 +249,7 @@ def with_options(options: Sequence[Any]) -> Any:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer.")
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What the U-Net predicts.")
 @click.option(
-    "--vae", "vaes", type=FILE, multiple=True, help="Another autoencoder's file; TAESD's, or its two."
+    "--vae", "vaes", type=FILE, multiple=True, help="Another autoencoder's file, or TAESD's two."
 )
 @click.option(
     "--lora", "loras", type=Weight(), multiple=True, metavar="FILE[:WEIGHT]", help="Merge it."

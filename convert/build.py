@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

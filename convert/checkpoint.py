@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from ..bundle import TEXT_ENCODERS, TIME_IDS, hash_file
 from . import single
 from .errors import CheckpointError, ConvertError, OptionError
 from .families import PREDICTIONS, USUAL_SCALING
+from .names import new_attention_name
 from .storage import Stored, read, read_header
 
 __all__ = [
@@ -50,7 +51,6 @@ PIPELINES = (
     "LatentConsistencyModelImg2ImgPipeline",
     *XL_PIPELINES,
 )
-FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 VOCABULARY = Path(__file__).parent / "clip_merges.txt.gz"  # CLIP's; its notice is beside it
 SHOWN = {  # field of a config -> what a listing calls it
     "text": {"hidden_size": "width", "num_hidden_layers": "layers", "hidden_act": "activation"},
@@ -73,7 +73,6 @@ UNUSED_BY_UNET = {  # config field -> the only value that the exported graph com
     "dual_cross_attention": False,
     "center_input_sample": False,
 }
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 UNUSED_BY_VAE = {"latents_mean": None, "latents_std": None, "shift_factor": None}
 
 
@@ -112,12 +111,13 @@ class Checkpoint:
     scheduler: dict
     model_index: dict
     tokenizers: dict[str, Path]  # by name, tokenizer and tokenizer_2: folders, or VOCABULARY
-    pads: dict[str, str] = field(default_factory=dict)  # what tokenizers pad with, if told
-    stored: dict[str, dict[str, Stored]] = field(default_factory=dict)  # of single files
+    # What tokenizers pad with, if told; the tensors of single files.
+    pads: dict[str, str] = dataclasses.field(default_factory=dict)
+    stored: dict[str, dict[str, Stored]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was assumed, for the report
     # What is merged, by component and tensor; the tokens added, by tokenizer; from which files.
-    patches: dict[str, dict[str, tuple[Patch, ...]]] = field(default_factory=dict)
-    tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    patches: dict[str, dict[str, tuple[Patch, ...]]] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     additions: tuple[Addition, ...] = ()
 
     @property
@@ -136,8 +136,8 @@ def open_checkpoint(
     """Look at a checkpoint, a folder in the diffusers layout or a file in the original naming.
 
     `tokenizer` is the folder of another one, for every text encoder.  `prediction`, epsilon or
-    v_prediction, is what the U-Net predicts if the checkpoint does not tell or is wrong.  `vae` is a
-    file with another autoencoder, or TAESD's two.
+    v_prediction, is what the U-Net predicts if the checkpoint does not tell or is wrong.  `vae` is
+    a file with another autoencoder, or TAESD's two.
     Raises CheckpointError when a part is missing or unsupported, or when it cannot tell what it is.
     """
     path = Path(path)
@@ -162,8 +162,8 @@ def open_checkpoint(
 def _open_folder(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not there; give a folder in the diffusers layout, or a file: safetensors, "
-            "ckpt or gguf"
+            f"{folder} is not there; give a folder in the diffusers layout, or a file: "
+            "safetensors, ckpt or gguf"
         )
     if not (folder / "model_index.json").is_file():
         seen = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -179,7 +179,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     tokenizers = {t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names}
     for tokenizer in tokenizers.values():
         _check_tokenizer(tokenizer)
-    family = FAMILIES.get(configs["unet"].get("cross_attention_dim", 0), "sd")
+    family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
     return Checkpoint(
         folder=folder,
         name=folder.resolve().name,
@@ -220,7 +220,7 @@ def _open_file(path: Path, prediction: str | None) -> Checkpoint:
         family=found.family,
         license="unknown",
         configs=found.configs,
-        weights={name: (path,) for name in found.configs},
+        weights=dict.fromkeys(found.configs, (path,)),
         scheduler=found.scheduler,
         model_index=index,
         tokenizers=dict.fromkeys(found.pads, VOCABULARY),
@@ -334,12 +334,6 @@ class Tensors(Mapping[str, np.ndarray]):
     def stored(self, name: str) -> Stored:
         """Where a tensor lies, without its patches."""
         return self._where[name]
-
-
-def new_attention_name(name: str) -> str:
-    """Today's name of a tensor of an autoencoder; until 2022 its attention had others."""
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
 
 
 def read_finite(name: str, stored: Stored) -> np.ndarray:

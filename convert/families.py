@@ -102,12 +102,11 @@ def vae(shapes: Shapes) -> dict[str, Any]:
     if len({len(blocks) for blocks in first}) != 1 or not first[0]:
         raise CheckpointError(f"vae: levels of {[len(b) for b in first]} blocks; some are missing")
     channels = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
-    outputs, latents, *_ = _shape(shapes, "decoder.conv_in.weight", 4)
     return {
         **VAE,
         "in_channels": _shape(shapes, "encoder.conv_in.weight", 4)[1],
         "out_channels": _shape(shapes, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": latents,
+        "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4)[1],
         "block_out_channels": channels,
         "layers_per_block": len(first[0]),
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
@@ -196,7 +195,7 @@ def scheduler(family: str, prediction: str, zero_snr: bool, consistency: bool) -
 def _levels(
     shapes: Shapes, side: str, first: int, ends: Iterable[str], own: bool
 ) -> list[list[Block]]:
-    """The numbered blocks by resolution; what ends one is in its last block, or a block of its own."""
+    """The numbered blocks by resolution; what ends one is in its last block, or on its own."""
     levels: list[list[Block]] = [[]]
     for i in _numbers(shapes, side)[first:]:
         name = f"{side}.{i}"

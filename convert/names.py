@@ -74,6 +74,8 @@ OPEN_CLIP_LAYER: Table = {  # {} stands for each of FUSED, whose rows follow one
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+SECOND_CLIP: Table = {"text_model.text_projection": "text_projection.weight"}  # transposed as well
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 FUSED = ("q", "k", "v")
 TRANSPOSED = "text_projection.weight"  # OpenCLIP multiplies by it from the other side
 CLIP: Table = {  # has diffusers' names already
@@ -172,6 +174,12 @@ def inverse(table: Mapping[str, str]) -> Table:
     for original, name in table.items():
         swapped.setdefault(name, original)
     return swapped
+
+
+def new_attention_name(name: str) -> str:
+    """Today's name of a tensor of an autoencoder; until 2022 its attention had others."""
+    *path, layer, kind = name.split(".")
+    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
 
 
 def parts(name: str) -> Iterator[tuple[str, int | None]]:

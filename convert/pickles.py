@@ -84,7 +84,7 @@ class Storage(NamedTuple):
 
     entry: Entry
     dtype: str
-    count: int
+    values: int
 
 
 class Tensor(NamedTuple):
@@ -211,8 +211,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             raise ValueError("a tensor whose shape, strides or offset are no whole numbers")
         if 0 in shape:
             raise ValueError("a tensor is empty")
-        if math.prod(shape) > storage.count:
-            raise ValueError(f"a tensor of {math.prod(shape):,} values in {storage.count:,}")
+        if math.prod(shape) > storage.values:
+            raise ValueError(f"a tensor of {math.prod(shape):,} values in {storage.values:,}")
         plain = _plain_strides(shape)
         start = storage.entry.offset + offset * block(storage.dtype)[1]
         stored = Stored(
@@ -222,9 +222,9 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             tuple(shape),
             None if tuple(strides) == plain else tuple(strides),
         )
-        if offset + stored.span > storage.count:
+        if offset + stored.span > storage.values:
             raise ValueError(
-                f"a tensor from {offset:,} to {offset + stored.span:,} of {storage.count:,} values"
+                f"a tensor from {offset:,} to {offset + stored.span:,} of {storage.values:,} values"
             )
         return Opaque(Tensor(stored))
 

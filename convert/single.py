@@ -54,12 +54,13 @@ INPUTS = {  # channels that a U-Net reads -> what it is then
 }
 IGNORED = (  # what whole files hold beside weights that are used
     "model_ema.", "denoiser.", "loss.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus_",
-    "posterior_", "lvlb_weights", "logvar", "scale_factor", "global_step",
+    "embedding_manager.", "posterior_", "lvlb_weights", "logvar", "scale_factor", "global_step",
     *families.MARKS,
 )  # fmt: skip
 IGNORED_INSIDE = ("loss.", "model_ema.")  # of a component, likewise
 IGNORED_ENDS = ("position_ids", "logit_scale", "attn_mask", "text_projection.bias")
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and SDXL base, and models of their shape"
+FAMILY_OF = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's output
 VAE_PARTS = ("vae_decoder", "vae_encoder")
 
 
@@ -237,14 +238,16 @@ def _family(configs: Mapping[str, dict[str, Any]]) -> str:
     if len(widths) == 2 and added:
         families.add_pooled(unet, configs["text_encoder_2"]["projection_dim"])
         return "sdxl"
-    if added or len(widths) == 2:
+    if added:
         raise CheckpointError(
-            "the U-Net reads a pooled text beside the states, with one text encoder: that is unCLIP "
-            "or the refiner, which are not supported"
-            if added
-            else "it has SDXL's two text encoders and another model's U-Net: two models are mixed"
+            "the U-Net reads a pooled text, and there is one text encoder: that is unCLIP or the "
+            "refiner, which are not supported"
         )
-    return {768: "sd1", 1024: "sd2"}.get(widths[0], "sd")
+    if len(widths) == 2:
+        raise CheckpointError(
+            "it has SDXL's two text encoders and another model's U-Net: two models are mixed"
+        )
+    return FAMILY_OF.get(widths[0], "sd")
 
 
 def _prediction(found: Mapping[str, Stored], family: str) -> str:
@@ -269,7 +272,7 @@ def _read_ldm_vae(shapes: families.Shapes, _: bool) -> tuple[dict[str, Any], nam
 
 
 def _read_clip(shapes: families.Shapes, second: bool) -> tuple[dict[str, Any], names.Table]:
-    return families.clip(shapes, second), names.CLIP
+    return families.clip(shapes, second), names.CLIP | (names.SECOND_CLIP if second else {})
 
 
 def _read_open_clip(shapes: families.Shapes, second: bool) -> tuple[dict[str, Any], names.Table]:
@@ -407,7 +410,7 @@ def _original_vae(found: Mapping[str, Stored]) -> dict[str, Stored]:
     blocks = 1 + max(int(n.split(".")[4]) for n in found if ".down_blocks.0.resnets." in n)
     config = {"block_out_channels": [0] * levels, "layers_per_block": blocks}
     table = names.inverse(names.vae(config))
-    return {names.rename(table, n) or n: stored for n, stored in found.items()}
+    return {names.rename(table, names.new_attention_name(n)) or n: s for n, s in found.items()}
 
 
 def _read_taesd(found: Mapping[str, Stored]) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -108,14 +108,16 @@ def _letters() -> str:
 
     Those that can be printed stand for themselves, the others for what follows Latin's first 256.
     """
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    ends = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
+    printed = [code for first, last in ends for code in range(ord(first), ord(last) + 1)]
     others = range(256, 256 + 256 - len(printed))
     return "".join(map(chr, [*printed, *others]))
 
 
 def _write_special_tokens(out: Path, source: Any) -> None:
     start, end = ENDS
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": source.pad_token}
+    special = {"bos_token": start, "eos_token": end, "unk_token": end}
+    special["pad_token"] = source.pad_token
     text = json.dumps(special, indent=1, ensure_ascii=False)
     (out / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8")
 
