@@ -12,14 +12,13 @@ import numpy as np
 from ..bundle import TEXT_ENCODERS
 from . import tokenizer
 from .checkpoint import (
-    FAMILIES,
     Addition,
     Checkpoint,
     CheckpointError,
     Tensors,
     read_finite,
 )
-from .single import open_file
+from .single import FAMILY_OF, open_file
 
 ENCODERS = {  # names in a file -> whose vectors; any other name alone is the token itself
     "emb_params": "text_encoder",
@@ -28,7 +27,7 @@ ENCODERS = {  # names in a file -> whose vectors; any other name alone is the to
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
-WIDTHS = FAMILIES | {1280: "sdxl"}  # of a vector
+WIDTHS = FAMILY_OF | {1280: "sdxl"}  # of a vector
 TABLE = "embeddings.token_embedding.weight"
 OLD_EOS = 2  # in configs of before transformers 4.31; there the end token is the largest id
 

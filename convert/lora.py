@@ -20,7 +20,6 @@ import numpy as np
 
 from . import names
 from .checkpoint import (
-    FAMILIES,
     Addition,
     Checkpoint,
     CheckpointError,
@@ -29,7 +28,7 @@ from .checkpoint import (
     Tensors,
     read_finite,
 )
-from .single import open_file
+from .single import FAMILY_OF, open_file
 from .storage import Stored, read_metadata
 
 Shape = tuple[int, ...]
@@ -88,7 +87,7 @@ OTHER_FAMILIES = {  # part of a flat name -> the family that has such layers
     "text_encoder_2": "sdxl",
     "lora_te2": "sdxl",
 }
-WIDTHS = FAMILIES | {2048: "sdxl"}  # of what cross attention reads
+WIDTHS = FAMILY_OF | {2048: "sdxl"}  # of what cross attention reads
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 SHOWN = 4  # names in an error
 
@@ -430,7 +429,7 @@ FORMS = {
         lambda parts: _flattened(parts["diff"]),
     ),
 }
-BIAS = Form((), (), lambda s: (0, 0), lambda s: None, _flattened)  # a layer of nothing but a bias
+BIAS = dataclasses.replace(FORMS["full"], needs=(), shape=lambda s: (0, 0))  # of no weight
 BIASES = ("diff_b", "up_bias")
 SCALES = ("alpha", "dora_scale", "magnitude")
 
