@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def write_tokenizer(
     _write_old_form(out)
     if kind in checkpoint.pads:
         _write_special_tokens(out, source)
-    _write_config(given, out, source, length, added=kind in checkpoint.tokens)
+    _write_config(given, out, source, length)
+    if added := checkpoint.tokens.get(kind):
+        _write_added(out, source, added)
     return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
@@ -132,7 +135,26 @@ def _write_old_form(out: Path) -> None:
         merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
 
 
-def _write_config(given: Path, out: Path, source: Any, length: int, added: bool) -> None:
+def _write_added(out: Path, source: Any, added: Sequence[str]) -> None:
+    """New tokens for transformers 4: beside its configuration, or in there if that has others."""
+    known = source.added_tokens_decoder.items()
+    tokens = {i: token for i, token in known if token.content in added}
+    config = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] |= {
+            str(i): {field: getattr(token, field) for field in TOKEN_FIELDS}
+            for i, token in tokens.items()
+        }
+    files = {
+        "added_tokens.json": {token.content: i for i, token in tokens.items()},
+        "tokenizer_config.json": config,
+    }
+    for name, value in files.items():
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        (out / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_config(given: Path, out: Path, source: Any, length: int) -> None:
     """The checkpoint's tokenizer_config.json with the length that the graph takes.
 
     Other tools pad to model_max_length, whatever the text encoder reads.
@@ -144,10 +166,5 @@ def _write_config(given: Path, out: Path, source: Any, length: int, added: bool)
         "pad_token": source.pad_token,
         "tokenizer_class": "CLIPTokenizer",
     }
-    if added:  # transformers 4 takes these from here or from a file of their own
-        config["added_tokens_decoder"] = {
-            str(i): {field: getattr(token, field) for field in TOKEN_FIELDS}
-            for i, token in source.added_tokens_decoder.items()
-        }
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

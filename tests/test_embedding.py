@@ -1,6 +1,7 @@
 """A textual inversion is a word of every prompt, as diffusers reads it."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -165,15 +166,28 @@ def test_rows_that_no_token_had_are_replaced(tmp_path, rng):
     modules.text_encoder(checkpoint)
 
 
-def test_other_tools_read_the_written_tokenizer(sd, tmp_path, rng):
+@pytest.mark.parametrize("newer", [False, True])
+def test_other_tools_read_the_written_tokenizer(sd, tmp_path, rng, newer):
+    """Also if the checkpoint's configuration lists its tokens, as transformers 4.34 began to."""
     from transformers import CLIPTokenizerFast
 
+    sd = shutil.copytree(sd, tmp_path / "sd")
+    if newer:
+        path = sd / "tokenizer" / "tokenizer_config.json"
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        ends = {"2046": "<|startoftext|>", "2047": "<|endoftext|>"}
+        listed = {i: {"content": end, **flags, "special": True} for i, end in ends.items()}
+        names = {"bos_token": ends["2046"], "eos_token": ends["2047"], "unk_token": ends["2047"]}
+        config = json.loads(path.read_text()) | {"added_tokens_decoder": listed} | names
+        path.write_text(json.dumps(config))
     save_file({"<cat>": floats(rng, 2, 32)}, tmp_path / "cat.safetensors")
     checkpoint = embedding.add(open_checkpoint(sd), tmp_path / "cat.safetensors")
     ours = written(checkpoint, tmp_path / "out")
     folder = tmp_path / "out" / "tokenizer"
-    said = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    assert [said[i]["content"] for i in ("2048", "2049")] == ["<cat>", "<cat>_1"]
+    said = json.loads((folder / "added_tokens.json").read_text())
+    assert said == {"<cat>": 2048, "<cat>_1": 2049}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert ("2049" in config.get("added_tokens_decoder", {})) == newer
     theirs = CLIPTokenizerFast.from_pretrained(folder)
     assert tokenizer.original_ids(theirs, PROMPT, 77).tolist() == ours(PROMPT).ids.tolist()
 
