@@ -352,10 +352,12 @@ def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | N
 
 
 def _new_tokens(checkpoint: Checkpoint) -> list[str]:
-    """A prompt of every embedding, if there are any, so that their vectors are compared as well."""
+    """A prompt for every embedding, so that its vectors are compared as well.
+
+    Each alone: diffusers would also spell out a name that is part of another.
+    """
     tokens = dict.fromkeys(token for added in checkpoint.tokens.values() for token in added)
-    names = [token for token in tokens if token.rpartition("_")[0] not in tokens]
-    return [" ".join(names)] if names else []
+    return [token for token in tokens if token.rpartition("_")[0] not in tokens]
 
 
 def _merged(checkpoint: Checkpoint) -> dict[str, list[str]]:
