@@ -117,7 +117,9 @@ def test_published_names_are_known(family):
     table = names.unet(config)
     assert {old: names.rename(table, old) for old in PUBLISHED[family]} == PUBLISHED[family]
     vae = names.vae(ARCHITECTURES[family]["vae"])
-    assert names.rename(vae, "decoder.up.3.upsample.conv") == "decoder.up_blocks.0.upsamplers.0.conv"
+    assert names.rename(vae, "decoder.up.3.upsample.conv") == (
+        "decoder.up_blocks.0.upsamplers.0.conv"
+    )
     assert names.rename(vae, "decoder.up.0.block.2.conv1") == "decoder.up_blocks.3.resnets.2.conv1"
     assert names.rename(vae, "encoder.down.2.block.0.nin_shortcut") == (
         "encoder.down_blocks.2.resnets.0.conv_shortcut"
