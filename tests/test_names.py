@@ -90,6 +90,42 @@ def test_a_name_that_no_row_has_is_none():
         assert names.rename(table, name) is None
 
 
+PUBLISHED = {  # of the files that everyone has
+    "sd15": {
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.11.0.out_layers.3": "down_blocks.3.resnets.1.conv2",
+        "middle_block.2.emb_layers.1": "mid_block.resnets.1.time_emb_proj",
+        "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+        "output_blocks.11.0.skip_connection": "up_blocks.3.resnets.2.conv_shortcut",
+        "output_blocks.11.1.proj_out": "up_blocks.3.attentions.2.proj_out",
+    },
+    "sdxl full": {
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.6.0.op": "down_blocks.1.downsamplers.0.conv",
+        "input_blocks.8.1.transformer_blocks.9": "down_blocks.2.attentions.1.transformer_blocks.9",
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.8.0.in_layers.2": "up_blocks.2.resnets.2.conv1",
+    },
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_names_are_known(family):
+    """diffusers reads some names in more places than the original has them."""
+    config = ARCHITECTURES[family]["unet"]
+    table = names.unet(config)
+    assert {old: names.rename(table, old) for old in PUBLISHED[family]} == PUBLISHED[family]
+    vae = names.vae(ARCHITECTURES[family]["vae"])
+    assert names.rename(vae, "decoder.up.3.upsample.conv") == (
+        "decoder.up_blocks.0.upsamplers.0.conv"
+    )
+    assert names.rename(vae, "decoder.up.0.block.2.conv1") == "decoder.up_blocks.3.resnets.2.conv1"
+    assert names.rename(vae, "encoder.down.2.block.0.nin_shortcut") == (
+        "encoder.down_blocks.2.resnets.0.conv_shortcut"
+    )
+
+
 def test_tiny_autoencoders_count_what_has_no_weights():
     """The original decoder begins with the clamping of latents, diffusers' does not."""
     assert names.rename(names.taesd("decoder", 19), "1.weight") == "decoder.layers.0.weight"
