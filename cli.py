@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -70,6 +71,42 @@ class Bytes(click.ParamType):
             return parse_bytes(value)
         except ValueError as error:
             self.fail(printable(str(error)))
+
+
+class WithSuffix(click.ParamType):
+    """`FILE`, or `FILE:` and more; a colon of the path itself (`C:`) is no separator.
+
+    Given as (path, what follows or None).
+    """
+
+    name = "file"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Path, Any]:
+        if isinstance(value, tuple):
+            return value
+        file, colon, rest = value.rpartition(":")
+        drive = len(file) == 1 and not Path(file).is_file()
+        if not colon or drive or Path(value).is_file() or "/" in rest or "\\" in rest:
+            return Path(value), None
+        return Path(file), self.read(rest)
+
+    def read(self, text: str) -> Any:
+        if not text:
+            self.fail("nothing follows the colon")
+        return text
+
+
+class Weight(WithSuffix):
+    """`FILE` or `FILE:0.8`."""
+
+    def read(self, text: str) -> float:
+        try:
+            weight = float(text)
+        except ValueError:
+            self.fail(f"weight {text!r} is not a number: write FILE:0.8")
+        if not math.isfinite(weight):
+            self.fail(f"weight {text} is not finite: write FILE:0.8")
+        return weight
 
 
 class Commands(click.Group):
@@ -174,6 +211,9 @@ def isa() -> str | None:
     return name
 
 
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # as schedulers spell them
+
+
 def with_options(options: Sequence[Any]) -> Any:
     """Apply several options to a command, shown in the order given."""
 
@@ -206,30 +246,53 @@ def with_options(options: Sequence[Any]) -> Any:
     "--compute-capability", metavar="8.6,8.9,...", help="TensorRT: GPUs to build engines for."
 )
 @click.option("--weight-streaming", is_flag=True, help="TensorRT: engines that stream weights.")
-@click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer.")
+@click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What the U-Net predicts.")
+@click.option(
+    "--vae", "vaes", type=FILE, multiple=True, help="Another autoencoder's file, or TAESD's two."
+)
+@click.option(
+    "--lora", "loras", type=Weight(), multiple=True, metavar="FILE[:WEIGHT]", help="Merge it."
+)
+@click.option(
+    "--embedding", "embeddings", type=WithSuffix(), multiple=True, metavar="FILE[:TOKEN]",
+    help="Textual inversion.",
+)  # fmt: skip
+@click.option("--name", help="Name of the model.  Default: the checkpoint's own.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
 @json_option
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
-    chunks, layout, compute_capability, weight_streaming, name, licence, force, as_json,
+    chunks, layout, compute_capability, weight_streaming, tokenizer, prediction, vaes, loras,
+    embeddings, name, licence, force, as_json,
 ):  # fmt: skip
-    """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
+    """Convert CHECKPOINT to a bundle: a folder in the diffusers layout, or a file.
+
+    A file is safetensors or .ckpt in the original naming, or GGUF; nothing in it is executed.
+    `ferrotype inspect CHECKPOINT` tells what it is.
 
     Every component is compared with the original after it was written, and so is a picture; below
     the floor nothing is kept.  The native target, our own engine for CPUs, computes in bf16 if not
     told otherwise, ONNX in fp32, Core ML and TensorRT in fp16; packages and graphs for the last two
     are checked here, without the device, and `verify --on-device` checks there.
 
+    A LoRA (kohya, LyCORIS, diffusers, PEFT) is merged before weights are quantized; every tensor of
+    its file must apply.  An embedding's token is then a word of every prompt.
+
     \b
     Example:
         ferrotype convert stable-diffusion-v1-5/ -o sd15.ferro
-        ferrotype convert stable-diffusion-v1-5/ --target native --weights fp16
+        ferrotype convert v1-5-pruned-emaonly.safetensors --target native --weights fp16
+        ferrotype convert sd-turbo.safetensors --prediction epsilon --vae taesd.safetensors
         ferrotype convert stable-diffusion-v1-5/ --target coreml --weights p6 --chunks 2
         ferrotype convert stable-diffusion-v1-5/ --target tensorrt --compute-capability 8.9
+        ferrotype convert stable-diffusion-v1-5/ --lora lcm.safetensors --lora ink.safetensors:0.7
+        ferrotype convert stable-diffusion-v1-5/ --embedding "cat.safetensors:<cat>"
     """
     from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
+    from .convert.checkpoint import open_checkpoint
 
     coreml = {
         "--deployment": deployment, "--compute-units": compute_units, "--attention": attention,
@@ -251,13 +314,15 @@ def convert(
             text = chosen.pop("compute_capability")
             chosen["capabilities"] = tuple(part.strip() for part in text.split(","))
         options = TensorrtOptions(**chosen)
-    output = output or Path(f"{checkpoint.resolve().name}.ferro")
-    encoders = 2 if (checkpoint / "text_encoder_2").is_dir() else 1
-    with Progress("convert", stages(encoders)) as progress:
+    opened = open_checkpoint(checkpoint, tokenizer, PREDICTIONS.get(prediction), vaes)
+    output = output or Path(f"{opened.name}.ferro")
+    with Progress("convert", stages(len(opened.tokenizers))) as progress:
         try:
             bundle = convert_checkpoint(
-                checkpoint, output, target, read_weights(weights), activations, sizes, options,
+                opened, output, target, read_weights(weights), activations, sizes, options,
                 name, licence, force, progress.stage,
+                loras=[(path, 1.0 if weight is None else weight) for path, weight in loras],
+                embeddings=embeddings,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
@@ -268,7 +333,7 @@ def convert(
     if more := columns([*weights_rows(bundle.manifest.parity), *memory_rows(bundle)]):
         click.echo(more)
     for note in bundle.manifest.parity["notes"]:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
     click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
 
 
@@ -651,12 +716,21 @@ def run_settings(pipe: Pipeline, prompt: str, seed: int, chosen: dict[str, Any])
 @click.argument("path", type=BUNDLE, required=False)
 @json_option
 def inspect(path: Path | None, as_json: bool) -> None:
-    """Show what is in a bundle, or with what a PNG was drawn.  Default: the embedded bundle.
+    """Show what a bundle or a checkpoint holds, or with what a PNG was drawn.
+
+    Default: the embedded bundle.
 
     \b
     Example:
         ferrotype inspect apple.png
+        ferrotype inspect v1-5-pruned-emaonly.safetensors
     """
+    if path is not None and is_checkpoint(path):
+        from .convert.checkpoint import open_checkpoint, summary
+
+        seen = summary(open_checkpoint(path))
+        click.echo(json.dumps(seen, indent=1) if as_json else checkpoint_text(seen))
+        return
     if path is not None and path.is_file() and path.name != "manifest.json":
         from .runtime.pictures import read_text
 
@@ -933,6 +1007,7 @@ def describe(bundle: Bundle) -> str:
         ("recipe", f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}, "
                    f"{recipe.prediction_type}, {recipe.spacing} timesteps"),
         ("source", f"{m.source.name}, sha256 {m.source.sha256}"),
+        *[("merged", line) for line in merged_lines(m.parity)],
         ("made by", m.tool),
         ("sha256", bundle.sha256),
     ]  # fmt: skip
@@ -940,6 +1015,28 @@ def describe(bundle: Bundle) -> str:
     pictures = columns(quantized_rows(m.parity))
     tables = [columns(head), columns(parts), parity_table(m.parity), pictures, more]
     return "\n\n".join(filter(None, tables))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is no bundle and no picture, but can be a model's."""
+    if path.is_dir():
+        return (path / "model_index.json").is_file() and not (path / "manifest.json").is_file()
+    if not path.is_file() or path.name == "manifest.json":
+        return False
+    with path.open("rb") as file:
+        return file.read(8) != b"\x89PNG\r\n\x1a\n" and path.suffix.lower() != ".png"
+
+
+def checkpoint_text(seen: dict[str, Any]) -> str:
+    """A checkpoint for a person: what it is, its parts, and what was assumed."""
+    parts = [
+        (name, f"{part['tensors']:,} tensors", f"{part['parameters']:,} parameters",
+         ", ".join(part["types"]), mib(part["bytes"]), part["shape"])
+        for name, part in seen["components"].items()
+    ]  # fmt: skip
+    head = [(key, str(value)) for key, value in seen.items() if key not in ("components", "notes")]
+    notes = "\n".join(f"note: {note}" for note in seen["notes"])
+    return "\n\n".join(filter(None, [columns(head), columns(parts), notes]))
 
 
 def bundle_json(bundle: Bundle) -> str:
@@ -988,6 +1085,12 @@ def weights_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
         return rows
     except (TypeError, AttributeError):  # it is free-form to the format
         return []
+
+
+def merged_lines(parity: dict[str, Any]) -> list[str]:
+    """The LoRA and embeddings that are in the weights."""
+    lines = parity.get("merged")  # free-form to the format
+    return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
 
 def memory_rows(bundle: Bundle) -> list[tuple[str, ...]]:

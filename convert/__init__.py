@@ -15,6 +15,7 @@ from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from .checkpoint import Checkpoint
 
 __all__ = [
     "TARGETS",
@@ -56,7 +57,7 @@ FORMS = {  # what each can, for the message
 
 
 def convert(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
     target: str = "onnx",
     weights: str | Recipe | None = None,
@@ -67,8 +68,12 @@ def convert(
     licence: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
-    """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
+    """Convert a checkpoint to a bundle at `out`, which exists only once it was compared.
+
+    It is a folder in the diffusers layout, a single file, or what `open_checkpoint` returned.
 
     `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
     networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)
@@ -76,7 +81,8 @@ def convert(
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
     own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
     model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
-    all.
+    all.  `loras` are files and how much each counts, merged in that order; `embeddings` are files
+    of textual inversion and their tokens, None for the file's own.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
@@ -91,7 +97,10 @@ def convert(
             f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
         ) from None
     every = tuple((width, height) for width, height in sizes)
-    return build(checkpoint, out, options, recipe, precision, every, name, licence, force, progress)
+    return build(
+        checkpoint, out, options, recipe, precision, every, name, licence, force, progress,
+        loras=loras, embeddings=embeddings,
+    )  # fmt: skip
 
 
 def stages(encoders: int = 1) -> int:

@@ -9,8 +9,7 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..runtime import check as checks
 from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
-from . import modules, recipe, reference, tokenizer
+from . import embedding, lora, modules, recipe, reference, tokenizer
 from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
 from .modules import NORM_INPUT
 from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
@@ -48,7 +47,7 @@ WORST_LAYERS = 3  # of a component's census, named in the report
 
 
 def build(
-    folder: str | os.PathLike,
+    source: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
     options: Options | None,
     weights: Weights,
@@ -58,14 +57,20 @@ def build(
     licence: str | None,
     force: bool,
     progress: Progress,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
     """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
     modules.return_freed_memory()
     with modules.quiet(), bundles.staging(out, force) as staged:
-        checkpoint = open_checkpoint(Path(folder))
+        opened = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
         checkpoint = dataclasses.replace(
-            checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
+            opened, name=name or opened.name, license=licence or opened.license
         )
+        for path, weight in loras:
+            checkpoint = lora.merge(checkpoint, Path(path), weight)
+        for path, token in embeddings:
+            checkpoint = embedding.add(checkpoint, Path(path), token)
         job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
@@ -96,7 +101,10 @@ class _Job:
             raise ConvertError(str(error)) from None
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
         self.progress = progress
-        self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
+        self.recipe, notes = recipe.from_checkpoint(checkpoint)
+        self.notes = [*checkpoint.notes, *notes]
+        self.notes += [note for addition in checkpoint.additions for note in addition.notes]
+        self.prompts = (PROMPT, *reference.OTHER_PROMPTS, *_new_tokens(checkpoint))
         scale = checkpoint.vae_scale
         latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
         guided = self.recipe.guidance not in (0, 1)
@@ -147,9 +155,9 @@ class _Job:
         self.progress(f"record {name}")
         module = getattr(modules, name)(self.checkpoint)
         kind = TEXT_ENCODERS[name]
-        source = tokenizer.original(self.checkpoint.tokenizers[kind])
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
-        tokens = [tokenizer.original_ids(source, p, self.tokens[kind].max_length) for p in prompts]
+        source = tokenizer.of(self.checkpoint, kind)
+        length = self.tokens[kind].max_length
+        tokens = [tokenizer.original_ids(source, prompt, length) for prompt in self.prompts]
         with modules.census(module) as census:
             self.reference.runs[name] = reference.record_text(module, tokens)
         return self._export(name, module, census)
@@ -216,9 +224,8 @@ class _Job:
 
     def _copy_ecosystem_files(self) -> None:
         """What other tools look for beside the component folders."""
-        shutil.copyfile(
-            self.checkpoint.folder / "model_index.json", self.staged / "model_index.json"
-        )
+        index = json.dumps(self.checkpoint.model_index, indent=2)
+        (self.staged / "model_index.json").write_text(index + "\n", encoding="utf-8")
         scheduler = self.staged / "scheduler"
         scheduler.mkdir()
         text = json.dumps(self.checkpoint.scheduler, indent=2, sort_keys=True)
@@ -248,6 +255,7 @@ class _Job:
             },
             "census": {name: _worst(census) for name, census in self.reference.census.items()},
             **self.target.report(),
+            **_merged(self.checkpoint),
             "notes": self.notes,
         }
 
@@ -270,10 +278,9 @@ class _Job:
         checks.save(self.staged, runs, self.reference.picture)
 
     def _check_tokenizer(self, bundle: Bundle) -> None:
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
         for name in self.encoders:
             encode = Tokenizer(bundle, TEXT_ENCODERS[name])
-            for prompt, run in zip(prompts, self.reference.runs[name], strict=True):
+            for prompt, run in zip(self.prompts, self.reference.runs[name], strict=True):
                 if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
                     raise ConvertError(
                         f"{TEXT_ENCODERS[name]}.json encodes {prompt!r} unlike transformers' "
@@ -342,6 +349,21 @@ def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | N
         return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
     least = min(scale * 2**levels, *default)
     return Sizes(default, multiple, least, max(2048, *default))
+
+
+def _new_tokens(checkpoint: Checkpoint) -> list[str]:
+    """A prompt for every embedding, so that its vectors are compared as well.
+
+    Each alone: diffusers would also spell out a name that is part of another.
+    """
+    tokens = dict.fromkeys(token for added in checkpoint.tokens.values() for token in added)
+    return [token for token in tokens if token.rpartition("_")[0] not in tokens]
+
+
+def _merged(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The report's lines about files that are in the weights, if there are any."""
+    lines = [f"{a.text}, sha256 {bundles.hash_file(a.path)}" for a in checkpoint.additions]
+    return {"merged": lines} if lines else {}
 
 
 def _of_component(name: str, census: dict) -> Census:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ..runtime.models import TINY
 from .checkpoint import Checkpoint, CheckpointError, new_attention_name, tensors
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -132,9 +133,11 @@ def _diffusers_module(checkpoint: Checkpoint, component: str) -> torch.nn.Module
     with quiet():
         import diffusers
 
-        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+        config = checkpoint.configs[component]
+        kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+        kind = TINY if config.get("_class_name") == TINY else kinds[component]
         with torch.device("meta"):  # shapes only: the weights come from the files
-            return kinds[component].from_config(_clean(checkpoint.configs[component]))
+            return getattr(diffusers, kind).from_config(_clean(config))
 
 
 def _clean(config: dict) -> dict:

@@ -146,23 +146,13 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 def _checked(request: Packed, source: np.ndarray) -> np.ndarray:
     """A matrix as (outputs, inputs, taps), others as they are; refuses what has another shape."""
-    outputs, inputs = request.outputs, sum(request.inputs)
-    if request.form in VECTORS:
-        expected: tuple[int, ...] = (outputs,)
-    elif request.form == "table":
-        expected = (outputs, inputs)
-    else:
-        taps = request.side**2
-        if source.shape == (outputs, inputs):  # a linear layer is a convolution of one pixel
-            source = source[:, :, None, None]
-        expected = (outputs, inputs, request.side, request.side)
-        if source.shape == expected:
-            return source.reshape(outputs, inputs, taps)
-    if source.shape != expected:
+    if source.shape not in request.source_shapes:
         raise CheckpointError(
             f"{request.name}: {', '.join(request.sources)} is {source.shape}, the layer needs "
-            f"{expected}: config.json and weights do not belong together"
+            f"{request.source_shapes[0]}: config.json and weights do not belong together"
         )
+    if request.is_matrix:
+        return source.reshape(request.outputs, sum(request.inputs), request.side**2)
     return source
 
 

@@ -12,6 +12,7 @@ import torch
 from .. import bundle as bundles
 from ..bundle import Recipe
 from .recipe import to_scheduler
+from .wrappers import certain
 
 PROMPT = "a red apple on a sky blue background"
 OTHER_PROMPTS = ("", "a photograph of an old fisherman's boat, sunset, 35 mm")
@@ -127,7 +128,9 @@ def record_vae(module: Any, reference: Reference, scale: int) -> dict[str, list[
     encoder, decoder = [], []
     others = [_colour_field(*size) for size in reference.other_sizes]
     for image in (colours, decoded.clamp(-1, 1), *others):
-        parameters = module.encode(image).latent_dist.parameters
+        encoded = module.encode(image)
+        tiny = not hasattr(encoded, "latent_dist")  # TAESD's
+        parameters = certain(encoded.latents) if tiny else encoded.latent_dist.parameters
         encoder.append(Run({"sample": image.numpy()}, {"latent_parameters": parameters.numpy()}))
     parameters = [torch.from_numpy(run.outputs["latent_parameters"]) for run in encoder]
     mean, _, *means = (values.chunk(2, dim=1)[0] for values in parameters)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..runtime.models import TINY
+from ..runtime.models.taesd import LOG_VARIANCE
 from .attention import original
 from .checkpoint import check_unet
 from .modules import quiet
@@ -121,7 +123,8 @@ class UNet(torch.nn.Module):
         for block in net.down_blocks:
             x, more = block(x, temb, **_context(block, context))
             skips += more
-        x = net.mid_block(x, temb, encoder_hidden_states=context)
+        if net.mid_block is not None:
+            x = net.mid_block(x, temb, **_context(net.mid_block, context))
         for block in net.up_blocks:
             skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             # always sized like the next skip, so that odd sizes come back as they went down
@@ -153,8 +156,8 @@ class VaeDecoder(torch.nn.Module):
 
     def forward(self, latent_sample):
         vae = self.module
-        x = vae.post_quant_conv(latent_sample) if vae.post_quant_conv else latent_sample
-        return vae.decoder(x)
+        quantize = getattr(vae, "post_quant_conv", None)  # TAESD has none
+        return vae.decoder(quantize(latent_sample) if quantize else latent_sample)
 
 
 class VaeEncoder(torch.nn.Module):
@@ -166,7 +169,14 @@ class VaeEncoder(torch.nn.Module):
 
     def forward(self, sample):
         x = self.module.encoder(sample)
+        if type(self.module).__name__ == TINY:
+            return certain(x)
         return self.module.quant_conv(x) if self.module.quant_conv else x
+
+
+def certain(latents):
+    """Latents that nothing is drawn around, as TAESD's: with the log variance of AutoencoderKL."""
+    return torch.cat([latents, torch.full_like(latents, LOG_VARIANCE)], dim=1)
 
 
 def _context(block, context) -> dict:

@@ -80,6 +80,20 @@ class Packed:
         """Whether it has the type of weights; all others are float32."""
         return self.form in ("matmul", "upsample", "geglu")
 
+    @property
+    def source_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those that its sources, joined, may have in a checkpoint: usually one.
+
+        A linear layer is a convolution of one pixel, and may be stored as either.
+        """
+        inputs = sum(self.inputs)
+        if self.form in ("vector", "geglu_vector"):
+            return ((self.outputs,),)
+        if self.form == "table":
+            return ((self.outputs, inputs),)
+        filters = (self.outputs, inputs, self.side, self.side)
+        return ((self.outputs, inputs), filters) if self.side == 1 else (filters,)
+
     def shape(self, weights: Type) -> tuple[int, ...]:
         """In the file; the inputs of bfloat16 matrices are in pairs, of int8 in fours.
 

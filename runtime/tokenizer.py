@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +37,40 @@ class Tokenizer:
         pad = self._encoder.token_to_id(spec.pad_token)
         if pad is None:
             raise BundleError(f"{path} does not know the padding token {spec.pad_token!r}")
+        added = self._encoder.get_added_tokens_decoder().values()
+        self._spelled = _spelled(token.content for token in added)
         self._encoder.enable_truncation(spec.max_length)
         self._encoder.enable_padding(length=spec.max_length, pad_id=pad, pad_token=spec.pad_token)
 
     def __call__(self, prompt: str) -> Tokens:
         """Encode one prompt; what does not fit is cut off at the end, and told."""
         prompt = prompt.encode("utf-8", "replace").decode()  # half a surrogate pair has no bytes
+        prompt = _spell_out(prompt, self._spelled)
         encoding = self._encoder.encode(prompt)
         ends = [end for _, end in encoding.offsets]
         dropped = prompt[max(ends, default=0) :] if encoding.overflowing else ""
         return Tokens(np.array([encoding.ids], np.int64), dropped.strip())
+
+
+def _spelled(added: Iterable[str]) -> dict[str, str]:
+    """Tokens that were added to CLIP's, in lower case; one of several vectors with all of them.
+
+    The vectors of `<x>` are `<x>`, `<x>_1`, `<x>_2` and so on, as diffusers names them.
+    """
+    known = {token.lower() for token in added}
+    spelled = {}
+    for token in known:
+        every = [token]
+        while f"{token}_{len(every)}" in known:
+            every.append(f"{token}_{len(every)}")
+        spelled[token] = " ".join(every)
+    return spelled
+
+
+def _spell_out(prompt: str, spelled: dict[str, str]) -> str:
+    """A prompt with all vectors of its tokens; the longest of those that begin at one place."""
+    if all(token == every for token, every in spelled.items()):
+        return prompt
+    longest_first = sorted(spelled, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.sub(pattern, lambda m: spelled[m[0].lower()], prompt, flags=re.IGNORECASE)

@@ -175,7 +175,7 @@ def test_the_source_hash_changes_with_any_file_that_is_used(folder):
 
 
 def test_what_is_no_checkpoint_is_told_by_what_it_holds(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="is not there; give a folder"):
         open_checkpoint(tmp_path / "nothing")
     (tmp_path / "v1-5.ckpt").touch()
     with pytest.raises(CheckpointError, match=r"no model_index.json \(it holds v1-5.ckpt\)"):
@@ -191,14 +191,25 @@ def test_a_missing_part_is_named(folder, path):
         open_checkpoint(folder)
 
 
-def test_pickled_weights_are_refused(folder):
-    path = weights_file(folder)
-    path.rename(path.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match=r"pickled weights .* convert them to safetensors"):
-        open_checkpoint(folder)
-    path.with_suffix(".bin").unlink()
+def test_pickled_weights_of_a_folder_are_read_and_never_executed(folder):
+    path, whole = weights_file(folder), load(folder)
+    path.unlink()
     with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.safetensors"):
         open_checkpoint(folder)
+    state = {name: torch.from_numpy(array) for name, array in whole.items()}
+    torch.save(state, path.with_suffix(".bin"))
+    assert {n: w.tolist() for n, w in load(folder).items()} == {
+        n: w.tolist() for n, w in whole.items()
+    }
+    torch.save(state, path.with_suffix(".bin"), _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"saved by torch before 1\.6"):
+        load(folder)
+
+
+def test_weights_are_floats(folder):
+    save_file({"w": np.ones((2, 2), np.int64)}, weights_file(folder))
+    with pytest.raises(CheckpointError, match="w is I64; weights are floats"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def checkpoint_of(folder, tensors, component="unet", family="sd1", **config):
     save_file(tensors, folder / f"{component}.safetensors")
     return SimpleNamespace(
         weights={component: (folder / f"{component}.safetensors",)},
+        stored={},
         family=family,
         configs={component: config},
     )

@@ -77,6 +77,8 @@ CASES = {
     "unet-reversed": ("unet", UNET | {"transformer_layers_per_block": [[2], [1]],
                                       "reverse_transformer_layers_per_block": [[1, 1], [2, 1]]},
                       [(4, 4)]),
+    "unet-short": ("unet", UNET | {"mid_block_type": "UNetMidBlock2D"}, [(4, 6)]),
+    "unet-without-middle": ("unet", UNET | {"mid_block_type": None}, [(6, 4)]),
     "vae_decoder": ("vae_decoder", VAE, [(2, 2), (3, 5)]),
     "vae_decoder-odd": ("vae_decoder", VAE | {"block_out_channels": [12, 20], "layers_per_block": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
