@@ -67,6 +67,8 @@ def convert(
     licence: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    recipe: str | None = None,
+    clip_skip: int = 0,
 ) -> Bundle:
     """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
 
@@ -74,7 +76,9 @@ def convert(
     networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)
     each, are the only ones that can be drawn, the first by default; without any, ONNX takes every
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
-    own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
+    own.  `options` are the target's.  `recipe` says how a few-step model is sampled, by a name of
+    docs/samplers.md; by default what the checkpoint shows.  `clip_skip` last layers of every text
+    encoder are left out, counted as diffusers does.  `name` and `licence` are those of the checkpoint's folder and
     model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
     all.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
@@ -82,7 +86,7 @@ def convert(
     """
     if target not in TARGETS:
         raise ConvertError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    recipe, precision = _precision(target, weights, activations)
+    stored, precision = _precision(target, weights, activations)
     options = _options(target, options)
     try:
         from .build import build
@@ -91,7 +95,10 @@ def convert(
             f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
         ) from None
     every = tuple((width, height) for width, height in sizes)
-    return build(checkpoint, out, options, recipe, precision, every, name, licence, force, progress)
+    return build(
+        checkpoint, out, options, stored, precision, every, name, licence, force, progress, recipe,
+        clip_skip,
+    )  # fmt: skip
 
 
 def stages(encoders: int = 1) -> int:
