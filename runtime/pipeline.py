@@ -203,6 +203,8 @@ class Pipeline:
 
         Raises ValueError for a weight out of range.
         """
+        for text in texts:
+            prompts.parse(text)
         return max(1 if self._is_short(text) else self._chunks_of(text) for text in texts)
 
     def encode(self, prompt: str, chunks: int | None = None) -> Text:
@@ -223,9 +225,11 @@ class Pipeline:
     def _encode(self, encoder: str, tokens: Tokens) -> tuple[Array32, Array32 | None]:
         """Weighted states of all chunks in a row, and the pooled ones of the first."""
         outputs = [self._run(encoder, {"input_ids": row[None]}) for row in tokens.ids]
-        states = np.concatenate([out[bundles.states_of(out)] for out in outputs], axis=1)
-        weights = tokens.weights.reshape(1, -1)
-        return prompts.weigh(states, weights), outputs[0].get("text_embeds")
+        name = bundles.states_of(outputs[0])
+        states = np.concatenate([out[name] for out in outputs], axis=1)
+        normed = name == "last_hidden_state"  # what SDXL reads is not, and its mean means nothing
+        weighted = prompts.weigh(states, tokens.weights.reshape(1, -1), restore=normed)
+        return weighted, outputs[0].get("text_embeds")
 
     def _tokens_of(self, prompt: str) -> dict[str, Tokens]:
         """A prompt's tokens by text encoder, all in the same number of chunks; kept."""
@@ -248,10 +252,9 @@ class Pipeline:
 
     def _is_short(self, prompt: str) -> bool:
         """Whether it is one chunk for certain: every token is of one character or more."""
-        lengths = [t.max_length for t in self.manifest.tokenizers.values()]
-        short = prompt.isascii() and len(prompt) <= min(lengths, default=0) - 2
-        plain = not any(mark in prompt for mark in (":", "BREAK"))  # a weight may be refused
-        return not self._reads_chunks or (short and plain)
+        room = min((t.max_length for t in self.manifest.tokenizers.values()), default=0) - 2
+        short = prompt.isascii() and len(prompt) <= room and "BREAK" not in prompt
+        return short or not self._reads_chunks
 
     @property
     def _reads_chunks(self) -> bool:

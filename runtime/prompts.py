@@ -17,6 +17,7 @@ Array32 = npt.NDArray[np.float32]
 MORE, LESS = 1.1, 1 / 1.1  # of a pair of parentheses, and of brackets, without a number
 MAX_WEIGHT = 100.0  # beyond it is a slip, and in the end infinity
 MAX_CHUNKS = 32
+MEANT = 0.01  # the least of a mean that says something, to that of the magnitudes
 MARK = re.compile(r"\\(.?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|\bBREAK\b", re.DOTALL)
 
 
@@ -94,13 +95,17 @@ def escape(text: str) -> str:
     return re.sub(r"[\\()\[\]]|\bBREAK\b", lambda mark: "\\" + mark[0], text)
 
 
-def weigh(states: Array32, weights: Array32) -> Array32:
-    """States, (1, tokens, channels), times weights, (1, tokens), with the mean that they had.
+def weigh(states: Array32, weights: Array32, restore: bool) -> Array32:
+    """States, (1, tokens, channels), times weights, (1, tokens), with the mean they had if `restore`.
 
-    The mean is over all tokens and channels.  Weights of 1 leave every byte as it is.
+    The mean is over all tokens and channels; where it is next to nothing, its ratio would be noise,
+    and is left alone.  Weights of 1 leave every byte as it is.
     """
     if (weights == 1).all():
         return states
     scaled = states * weights[..., None]
     before, after = states.mean(dtype=np.float64), scaled.mean(dtype=np.float64)
-    return scaled * np.float32(before / after) if after else scaled
+    size = MEANT * np.abs(states).mean(dtype=np.float64)
+    if not restore or min(abs(before), abs(after)) < size:
+        return scaled
+    return scaled * np.float32(before / after)
