@@ -645,8 +645,8 @@ def step_path(path: Path, index: int, total: int) -> Path:
 
 def run_settings(pipe: Pipeline, prompt: str, seed: int, chosen: dict[str, Any]) -> dict[str, str]:
     """What the PNG says about its making: enough to make it again."""
-    keys = ("steps", "sampler", "guidance", "spacing")
-    recipe = pipe.recipe(*(chosen[k] for k in keys), force=True)
+    options = {key: chosen[key] for key in ("steps", "sampler", "guidance", "spacing")}
+    recipe = pipe.recipe(**options, force=True)
     width, height = chosen["size"] or pipe.manifest.sizes.default
     text = {
         "prompt": prompt,

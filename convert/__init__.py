@@ -78,9 +78,9 @@ def convert(
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
     own.  `options` are the target's.  `recipe` says how a few-step model is sampled, by a name of
     docs/samplers.md; by default what the checkpoint shows.  `clip_skip` last layers of every text
-    encoder are left out, counted as diffusers does.  `name` and `licence` are those of the checkpoint's folder and
-    model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
-    all.
+    encoder are left out, counted as diffusers does.  `name` and `licence` are those of the
+    checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
+    it begins, `stages()` in all.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """

@@ -40,9 +40,7 @@ SHOWN = (
 )
 
 
-def from_checkpoint(
-    checkpoint: Checkpoint, name: str | None = None
-) -> tuple[Recipe, list[str]]:
+def from_checkpoint(checkpoint: Checkpoint, name: str | None = None) -> tuple[Recipe, list[str]]:
     """The recipe that a checkpoint's scheduler configuration states, and notes on what differs.
 
     `name` is one of runtime.recipes.NAMES, None what the checkpoint shows.  Raises OptionError for

@@ -186,7 +186,8 @@ class Pipeline:
     ) -> Plan:
         """How a run fits the budget: what is loaded, and the most that is in memory.
 
-        `chunks` are those of the prompts.  `flops`: what the machine multiplies in a second, for rough times.  Raises plan.Refusal.
+        `chunks` are those of the prompts.  `flops`: what the machine multiplies in a second, for
+        rough times.  Raises plan.Refusal.
         """
         size = size or self.manifest.sizes.default
         passes = 2 if self._two_passes(guidance) else 1

@@ -96,10 +96,10 @@ def escape(text: str) -> str:
 
 
 def weigh(states: Array32, weights: Array32, restore: bool) -> Array32:
-    """States, (1, tokens, channels), times weights, (1, tokens), with the mean they had if `restore`.
+    """States, (1, tokens, channels), times weights, (1, tokens).
 
-    The mean is over all tokens and channels; where it is next to nothing, its ratio would be noise,
-    and is left alone.  Weights of 1 leave every byte as it is.
+    With `restore`, the mean over all tokens and channels is then made what it was; but not where it
+    is next to nothing, as the ratio would be noise.  Weights of 1 leave every byte as it is.
     """
     if (weights == 1).all():
         return states
