@@ -295,7 +295,8 @@ def few_step(tmp_path_factory):
 
 REFUSED = [  # family, what is asked for, how the refusal begins and what it says to do
     ("lightning-4", {"steps": 20, "guidance": 7.0}, "steps 20, guidance 7: this model was "
-     "distilled for 4 steps of euler, no guidance (lightning-4): use --steps 4 --guidance 1, or --force"),
+     "distilled for 4 steps of euler, no guidance (lightning-4): use --steps 4 --guidance 1, "
+     "or --force to insist"),
     ("lightning-4", {"steps": 1}, "steps 1: this model was distilled for 4 steps"),
     ("lightning-4", {"sampler": "dpmpp_2m"}, "sampler dpmpp_2m: this model"),
     ("lightning-4", {"spacing": "leading"}, "spacing leading: this model"),
