@@ -213,7 +213,9 @@ def with_options(options: Sequence[Any]) -> Any:
 )
 @click.option("--weight-streaming", is_flag=True, help="TensorRT: engines that stream weights.")
 @click.option("--recipe", type=click.Choice(RECIPES), help="Of a few-step model: docs/samplers.md.")
-@click.option("--clip-skip", type=click.IntRange(0, 31), default=0, help="Layers, as diffusers.")
+@click.option(
+    "--clip-skip", type=click.IntRange(0, 31), help="Text layers to leave out: 1 is usual."
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
@@ -267,7 +269,7 @@ def convert(
         try:
             bundle = convert_checkpoint(
                 checkpoint, output, target, read_weights(weights), activations, sizes, options,
-                name, licence, force, progress.stage, recipe, clip_skip,
+                name, licence, force, progress.stage, recipe, clip_skip or 0,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
