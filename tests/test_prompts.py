@@ -415,6 +415,7 @@ def test_a_long_prompt_is_in_the_plan(bundle):
     stages = {s.component: (s.runs, s.peak) for s in pipe.planned.stages}
     assert stages["text_encoder"][0] == 30
     assert stages["unet"][1] > short.stage("unet").peak
+    assert pipe.planned.stage("unet").arena > short.stage("unet").arena
     pipe.steps("a red apple", guidance=2, negative=long)
     assert pipe.planned.stage("text_encoder").runs == 60
     tight = Pipeline.load(bundle, memory=smallest(bundle, "a red apple"))
