@@ -48,6 +48,7 @@ OUTPUTS = {
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+OPTIONAL = {"optional": True}  # a field that came later: written only if it says something
 
 
 class BundleError(FerrotypeError):
@@ -194,6 +195,10 @@ class Recipe:
     eta: float = 0.0  # DDIM's eta, TCD's gamma: the share of noise put back at each step
     timesteps: tuple[float, ...] = ()  # these and no spacing, where a model was distilled on them
     zero_negative: bool = False  # an empty negative prompt means zeros, not the states of ""
+    # What a model was distilled for; the manifest leaves these out where they say nothing.
+    name: str = field(default="", metadata=OPTIONAL)  # in runtime.recipes.FAMILIES
+    allowed_steps: tuple[int, ...] = field(default=(), metadata=OPTIONAL)  # none: any
+    guidance_range: tuple[float, float] | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         _require(1 <= self.steps <= 1000, f"steps is {self.steps}, not in 1..1000")
@@ -208,6 +213,11 @@ class Recipe:
             0 < self.beta_start < 1 and 0 < self.beta_end < 1,
             f"beta_start {self.beta_start} and beta_end {self.beta_end} must lie between 0 and 1",
         )
+        for steps in self.allowed_steps:
+            _require(1 <= steps <= 1000, f"allowed_steps has {steps}, not in 1..1000")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            _require(0 <= low <= high, f"guidance_range {low} to {high} does not rise from 0")
 
 
 @dataclass(frozen=True)
@@ -531,7 +541,11 @@ def _cannot_write(out: Path, error: OSError) -> BundleError:
 
 def dumps(manifest: Manifest) -> str:
     """The manifest's text: JSON in a fixed order, so that equal bundles are equal bytes."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+    raw = dataclasses.asdict(manifest)
+    for entry in dataclasses.fields(Recipe):
+        if entry.metadata == OPTIONAL and getattr(manifest.recipe, entry.name) == entry.default:
+            del raw["recipe"][entry.name]
+    return json.dumps(raw, indent=1, allow_nan=False) + "\n"
 
 
 def list_files(folder: Path) -> dict[str, File]:

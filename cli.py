@@ -26,7 +26,7 @@ from ._version import __version__
 from .errors import FerrotypeError
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from .bundle import Bundle, Recipe
     from .runtime.memory import Recording
     from .runtime.pipeline import Pipeline
     from .runtime.plan import Plan
@@ -35,11 +35,17 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64 - 1
 SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a", "lcm", "tcd", "unipc")
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
+RECIPES = (
+    "base", "lcm", "lcm-lora", "tcd", "sd-turbo", "sdxl-turbo", "lightning-1", "lightning-2",
+    "lightning-4", "lightning-8", "hyper-1", "hyper-unified", "hyper-2", "hyper-4", "hyper-8",
+    "hyper-cfg-8", "hyper-cfg-12",
+)  # fmt: skip
 RNGS = ("torch", "numpy", "pcg64")
 TARGETS = ("onnx", "native", "coreml", "tensorrt")
 ACTIVATIONS = ("fp32", "fp16", "bf16", "int8")
 DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
+FORCE = "Replace files; draw against a few-step model's recipe."
 STRENGTH = "How much of the picture to change, 0 to 1.  [default: 0.6]"
 
 
@@ -258,6 +264,10 @@ def with_options(options: Sequence[Any]) -> Any:
     "--embedding", "embeddings", type=WithSuffix(), multiple=True, metavar="FILE[:TOKEN]",
     help="Textual inversion.",
 )  # fmt: skip
+@click.option("--recipe", type=click.Choice(RECIPES), help="Of a few-step model: docs/samplers.md.")
+@click.option(
+    "--clip-skip", type=click.IntRange(0, 31), help="Text layers to leave out: 1 is usual."
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's own.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
@@ -265,7 +275,7 @@ def with_options(options: Sequence[Any]) -> Any:
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
     chunks, layout, compute_capability, weight_streaming, tokenizer, prediction, vaes, loras,
-    embeddings, name, licence, force, as_json,
+    embeddings, recipe, clip_skip, name, licence, force, as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT to a bundle: a folder in the diffusers layout, or a file.
 
@@ -289,6 +299,7 @@ def convert(
         ferrotype convert stable-diffusion-v1-5/ --target tensorrt --compute-capability 8.9
         ferrotype convert stable-diffusion-v1-5/ --lora lcm.safetensors --lora ink.safetensors:0.7
         ferrotype convert stable-diffusion-v1-5/ --embedding "cat.safetensors:<cat>"
+        ferrotype convert sdxl-lightning-4step/ --target native --recipe lightning-4
     """
     from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
@@ -320,7 +331,7 @@ def convert(
         try:
             bundle = convert_checkpoint(
                 opened, output, target, read_weights(weights), activations, sizes, options,
-                name, licence, force, progress.stage,
+                name, licence, force, progress.stage, recipe, clip_skip or 0,
                 loras=[(path, 1.0 if weight is None else weight) for path, weight in loras],
                 embeddings=embeddings,
             )  # fmt: skip
@@ -555,7 +566,7 @@ def read_weights(text: str | None) -> Any:
 @click.option("--grid", type=FILE, help="Also write all pictures on one sheet.")
 @with_options(memory_options)
 @click.option("--trace", type=FILE, help="Record memory while drawing: JSON for plan --trace.")
-@click.option("-f", "--force", is_flag=True, help="Replace files.")
+@click.option("-f", "--force", is_flag=True, help=FORCE)
 @json_option
 def generate(
     prompts, bundle, output, steps, sampler, spacing, guidance, negative, seed, rng, size, image,
@@ -567,9 +578,13 @@ def generate(
     which is counted above what the interpreter takes: `ferrotype plan` shows it.  The budget
     changes time, never the picture.
 
+    In a prompt (word:1.3) weighs more, (word) 1.1 times, [word] less, \\( is a parenthesis, and
+    BREAK begins a new chunk; what is longer than the text encoder reads goes on in chunks.
+
     \b
     Example:
         ferrotype generate "a penguin on a pink background" -o penguin.png --seed 7
+        ferrotype generate "a (red:1.3) apple, [leaves]" -b sd15.ferro --negative blurry
         ferrotype generate "a lighthouse" -b sd15.ferro --memory 256MiB
     """
     from .runtime import pictures, samplers
@@ -585,7 +600,7 @@ def generate(
     chosen = {
         "steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance,
         "negative": negative, "rng": rng, "size": size, "strength": strength or 0.6,
-        "image": image and pictures.open_picture(image),
+        "image": image and pictures.open_picture(image), "force": force,
     }  # fmt: skip
     jobs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
     paths = output_paths(output, jobs)
@@ -597,7 +612,7 @@ def generate(
         )  # fmt: skip
         # Arguments are checked here; nothing is loaded before the first step is asked for.
         runs = [pipe.steps(prompt, seed=one, **chosen) for prompt, one in jobs]
-        recipe = pipe.recipe(steps, sampler, guidance, spacing)
+        recipe = asked_recipe(pipe, steps, sampler, guidance, spacing, force)
         total = len(samplers.table(recipe, chosen["strength"] if image else None).rows)
     shown_at = range(preview, total + 1, preview) if preview else ()
     shown = [step_path(path, index, total) for path in paths for index in shown_at]
@@ -611,7 +626,7 @@ def generate(
         for prompt in dict.fromkeys(prompts):
             if not prompt.strip():
                 click.echo("note: the prompt is empty: the model draws what it likes", err=True)
-            pipe.encode(prompt)
+            pipe.encode(prompt, pipe.chunks(prompt, negative))
         for run, path in zip(runs, paths, strict=True):
             for step in progress.steps(run, path.name):
                 if step.index in shown_at:
@@ -633,6 +648,26 @@ def generate(
         with pictures.new_file(trace, force) as stream:
             stream.write(tracer.recording.to_json().encode())
         click.echo(json.dumps({"path": str(trace)}) if as_json else str(trace))
+
+
+def asked_recipe(
+    pipe: Pipeline,
+    steps: int | None,
+    sampler: str | None,
+    guidance: float | None,
+    spacing: str | None,
+    force: bool,
+) -> Recipe:
+    """The recipe of a run, with a note where `force` takes it against the bundle's own."""
+    from .runtime import recipes
+
+    recipe = pipe.recipe(steps, sampler, guidance, spacing, force=force)
+    try:
+        recipes.check(recipe, pipe.manifest.recipe)
+    except recipes.RecipeRefusal as refusal:
+        reason = str(refusal).rpartition(": use ")[0]
+        click.echo(f"note: forced, {printable(reason)}", err=True)
+    return recipe
 
 
 def budget(asked: int | None) -> int | None:
@@ -690,7 +725,8 @@ def step_path(path: Path, index: int, total: int) -> Path:
 
 def run_settings(pipe: Pipeline, prompt: str, seed: int, chosen: dict[str, Any]) -> dict[str, str]:
     """What the PNG says about its making: enough to make it again."""
-    recipe = pipe.recipe(*(chosen[k] for k in ("steps", "sampler", "guidance", "spacing")))
+    options = {key: chosen[key] for key in ("steps", "sampler", "guidance", "spacing")}
+    recipe = pipe.recipe(**options, force=True)
     width, height = chosen["size"] or pipe.manifest.sizes.default
     text = {
         "prompt": prompt,
@@ -791,16 +827,17 @@ def verify(bundle: Path | None, on_device: bool, as_json: bool) -> None:
 @with_options(sampler_options)
 @size_option
 @click.option("--strength", type=click.FloatRange(0, 1, min_open=True), help=STRENGTH)
+@click.option("--prompt", default="", metavar="TEXT", help="Of this prompt: long ones take more.")
 @with_options(memory_options)
 @click.option("--plot", type=FILE, help="Draw memory over time: a PNG.")
 @click.option("--trace", type=FILE, help="With --plot: what `generate --trace` measured, upon it.")
 @click.option("--sampler-table", is_flag=True, help="Print the coefficients of every step.")
 @click.option("-o", "--output", type=FILE, help="Save the plan, or the sampler table, as JSON.")
-@click.option("-f", "--force", is_flag=True, help="Replace files.")
+@click.option("-f", "--force", is_flag=True, help=FORCE)
 @json_option
 def plan(
-    bundle, steps, sampler, spacing, guidance, size, strength, memory, tiles, threads, plot, trace,
-    sampler_table, output, force, as_json,
+    bundle, steps, sampler, spacing, guidance, size, strength, prompt, memory, tiles, threads, plot,
+    trace, sampler_table, output, force, as_json,
 ):  # fmt: skip
     """Show what drawing with BUNDLE will take, before it is done.  Default: the embedded bundle.
 
@@ -820,16 +857,18 @@ def plan(
         raise click.UsageError("--trace needs --plot")
     with usage():
         pipe = Pipeline(open_bundle(bundle), threads, isa=isa(), budget=budget(memory), tiles=tiles)
-        recipe = pipe.recipe(steps, sampler, guidance, spacing)
+        recipe = asked_recipe(pipe, steps, sampler, guidance, spacing, force)
         table = samplers.table(recipe, strength)
         if size:
             pipe.manifest.sizes.check(size)
+        chunks = pipe.chunks(prompt)
         measured = read_trace(trace) if trace else None
     if sampler_table:
         text = samplers.to_json(table)
         shown = text if as_json else samplers.format_table(table)
     else:
-        made = pipe.plan(table, recipe.guidance, size, speed(pipe.bundle, threads))
+        flops = speed(pipe.bundle, threads)
+        made = pipe.plan(table, recipe.guidance, size, flops, chunks)
         text = plan_json(pipe.bundle, made)
         shown = text if as_json else plan_text(pipe, made, memory is not None)
         if plot:
@@ -993,6 +1032,8 @@ class Progress:
 
 def describe(bundle: Bundle) -> str:
     """A bundle for a person: what it is, its parts, its recipe and its parity."""
+    from .runtime.recipes import limits
+
     m = bundle.manifest
     parts = [
         (name, mib(bundle.bytes_of(part.path)), shapes(part.inputs), "->", shapes(part.outputs))
@@ -1006,6 +1047,7 @@ def describe(bundle: Bundle) -> str:
         ("sizes", sizes_text(m.sizes)),
         ("recipe", f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}, "
                    f"{recipe.prediction_type}, {recipe.spacing} timesteps"),
+        *([("distilled", f"{recipe.name}: {limits(recipe)}")] if limits(recipe) else []),
         ("source", f"{m.source.name}, sha256 {m.source.sha256}"),
         *[("merged", line) for line in merged_lines(m.parity)],
         ("made by", m.tool),

@@ -6,6 +6,7 @@ FerrotypeError
 ├── PipelineError  runtime/pipeline.py  a network returned something that is no picture
 ├── PictureError   runtime/pictures.py  a picture cannot be read or may not be written
 ├── Refusal        runtime/plan.py      a run does not fit the memory budget
+├── RecipeRefusal  runtime/recipes.py   a few-step model is asked for what it was not distilled for
 ├── DeviceError    runtime/devices.json the doctor's data cannot be read
 ├── KernelError    kernels/             the native engine is missing or refuses a program
 ├── GraphError     runtime/program.py   a network that the native engine cannot run

@@ -68,6 +68,8 @@ def convert(
     licence: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    recipe: str | None = None,
+    clip_skip: int = 0,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
@@ -79,16 +81,18 @@ def convert(
     networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)
     each, are the only ones that can be drawn, the first by default; without any, ONNX takes every
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
-    own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
-    model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
-    all.  `loras` are files and how much each counts, merged in that order; `embeddings` are files
-    of textual inversion and their tokens, None for the file's own.
+    own.  `options` are the target's.  `recipe` says how a few-step model is sampled, by a name of
+    docs/samplers.md; by default what the checkpoint shows.  `clip_skip` last layers of every text
+    encoder are left out, counted as diffusers does.  `name` and `licence` are those of the
+    checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
+    it begins, `stages()` in all.  `loras` are files and how much each counts, merged in that order;
+    `embeddings` are files of textual inversion and their tokens, None for the file's own.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
     if target not in TARGETS:
         raise ConvertError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    recipe, precision = _precision(target, weights, activations)
+    stored, precision = _precision(target, weights, activations)
     options = _options(target, options)
     try:
         from .build import build
@@ -98,8 +102,8 @@ def convert(
         ) from None
     every = tuple((width, height) for width, height in sizes)
     return build(
-        checkpoint, out, options, recipe, precision, every, name, licence, force, progress,
-        loras=loras, embeddings=embeddings,
+        checkpoint, out, options, stored, precision, every, name, licence, force, progress, recipe,
+        clip_skip, loras, embeddings,
     )  # fmt: skip
 
 

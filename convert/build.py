@@ -25,7 +25,7 @@ from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
 from . import embedding, lora, modules, recipe, reference, tokenizer
-from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
+from .checkpoint import Checkpoint, ConvertError, open_checkpoint, skip_layers, source_hash
 from .modules import NORM_INPUT
 from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
 from .reference import PROMPT, SEED, Reference, Run
@@ -57,6 +57,8 @@ def build(
     licence: str | None,
     force: bool,
     progress: Progress,
+    family: str | None = None,
+    clip_skip: int = 0,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
@@ -71,7 +73,8 @@ def build(
             checkpoint = lora.merge(checkpoint, Path(path), weight)
         for path, token in embeddings:
             checkpoint = embedding.add(checkpoint, Path(path), token)
-        job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
+        checkpoint = skip_layers(checkpoint, clip_skip)
+        job = _Job(checkpoint, staged, options, weights, precision, sizes, progress, family)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
         components = job.measured(bundle)
@@ -93,6 +96,7 @@ class _Job:
         precision: Precision,
         sizes: tuple[Size, ...],
         progress: Progress,
+        family: str | None = None,
     ) -> None:
         self.floors = floors(weights, precision)
         try:
@@ -101,7 +105,7 @@ class _Job:
             raise ConvertError(str(error)) from None
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
         self.progress = progress
-        self.recipe, notes = recipe.from_checkpoint(checkpoint)
+        self.recipe, notes = recipe.from_checkpoint(checkpoint, family)
         self.notes = [*checkpoint.notes, *notes]
         self.notes += [note for addition in checkpoint.additions for note in addition.notes]
         self.prompts = (PROMPT, *reference.OTHER_PROMPTS, *_new_tokens(checkpoint))
@@ -148,7 +152,7 @@ class _Job:
             tokenizers=self.tokens,
             components=components,
             parity={},
-            options=self.target.options(),
+            options=self.target.options() | _told(self.checkpoint),
         )
 
     def _text_encoder(self, name: str) -> Component:
@@ -309,7 +313,8 @@ class _Job:
     def _check_picture(self, bundle: Bundle) -> dict[str, float]:
         self.progress("check the picture")
         pipe = Pipeline(bundle, opener=self.target.open)
-        *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps)
+        # As many as were recorded, even if the recipe has more.
+        *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps, force=True)
         picture = pipe.decode_array(last.latents)
         found = parity.psnr(self.reference.picture, picture, peak=1.0)
         parity.check("the picture", found, self.floors["picture"])
@@ -387,6 +392,11 @@ def _worst(census: Census) -> list[dict[str, Any]]:
         }
         for layer, (largest, _, _) in ranked
     ]
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, str]:
+    """What was asked of the checkpoint's networks, for the manifest."""
+    return {"clip_skip": str(checkpoint.clip_skip)} if checkpoint.clip_skip else {}
 
 
 def _three_digits(row: np.ndarray) -> tuple[float, float, float]:

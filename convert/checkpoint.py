@@ -119,6 +119,7 @@ class Checkpoint:
     patches: dict[str, dict[str, tuple[Patch, ...]]] = dataclasses.field(default_factory=dict)
     tokens: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     additions: tuple[Addition, ...] = ()
+    clip_skip: int = 0  # last layers of the text encoders that are left out
 
     @property
     def vae_scale(self) -> int:
@@ -253,6 +254,33 @@ def _with_vae(checkpoint: Checkpoint, paths: tuple[Path, ...]) -> Checkpoint:
 def _check_tokenizer(folder: Path) -> None:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json; copy it there")
+
+
+def skip_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """The checkpoint without the last `count` layers of its text encoders, as diffusers counts.
+
+    SDXL's second one keeps them, as its pooled state is read after all: `hidden_layer` says what
+    else is.  Raises OptionError if too few layers would be left.
+    """
+    configs = dict(checkpoint.configs)
+    for name in TEXT_ENCODERS.keys() & configs.keys():
+        layers = configs[name].get("num_hidden_layers", 12)
+        left = layers - count - (checkpoint.family == "sdxl")  # which never reads the last one
+        if count < 0 or left < 1:
+            raise OptionError(f"clip skip {count}: {name} has {layers} layers, it must be 0 to "
+                              f"{layers - 1 - (checkpoint.family == 'sdxl')}")  # fmt: skip
+        if count and name == "text_encoder":
+            configs[name] = configs[name] | {"num_hidden_layers": layers - count}
+    return dataclasses.replace(checkpoint, configs=configs, clip_skip=count)
+
+
+def is_skipped(checkpoint: Checkpoint, component: str, name: str) -> bool:
+    """Whether a tensor is of a text encoder's layers that `skip_layers` left out."""
+    if component != "text_encoder" or not checkpoint.clip_skip:
+        return False
+    first = checkpoint.configs[component]["num_hidden_layers"]
+    found = re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name)
+    return found is not None and first <= int(found[1]) < first + checkpoint.clip_skip
 
 
 def check_unet(config: dict) -> None:

@@ -10,12 +10,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..runtime.models import TINY
-from .checkpoint import Checkpoint, CheckpointError, new_attention_name, tensors
+from .checkpoint import Checkpoint, CheckpointError, is_skipped, new_attention_name, tensors
+
+if TYPE_CHECKING:
+    import transformers
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
@@ -33,9 +37,14 @@ def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
 def text_encoder_2(checkpoint: Checkpoint) -> torch.nn.Module:
     """Build SDXL's second text encoder, whose pooled state is projected."""
     config = checkpoint.configs["text_encoder_2"]
-    return _fill(
-        _clip("CLIPTextModelWithProjection", config, True), checkpoint, "text_encoder_2", str
-    )
+    module = _clip("CLIPTextModelWithProjection", config, True)
+    module.config.clip_skip = checkpoint.clip_skip  # its last layers stay, for the pooled state
+    return _fill(module, checkpoint, "text_encoder_2", str)
+
+
+def hidden_layer(config: transformers.CLIPTextConfig) -> int:
+    """Before which of its layers the states of a text encoder of SDXL's are read."""
+    return config.num_hidden_layers - 1 - getattr(config, "clip_skip", 0)
 
 
 def unet(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -152,7 +161,8 @@ def _fill(
     state = {}
     for key, array in tensors(checkpoint, component):
         name = rename(key)
-        if name.endswith("position_ids"):  # 0, 1, 2 ...: old files carry it, the modules compute it
+        # 0, 1, 2 ...: old files carry it, the modules compute it
+        if name.endswith("position_ids") or is_skipped(checkpoint, component, key):
             continue
         state[name] = torch.from_numpy(_as_linear(array, expected.get(name)))
     _check_names(component, expected, state)

@@ -17,7 +17,7 @@ from ..kernels import LANES, Type
 from ..quantize.native import layout, packed_int4, to_int4, to_int8, together, write_index
 from ..runtime.engines.native import WEIGHTS
 from ..runtime.program import FEW_BITS, GROUP, STORED, TYPES, Packed, padded
-from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
+from .checkpoint import Checkpoint, CheckpointError, Tensors, is_skipped, new_attention_name
 from .rounding import to_bf16, to_half
 
 ROWS = 4 * LANES  # outputs that are packed at once: what is held beside the tensor itself
@@ -105,6 +105,8 @@ def _is_ignored(checkpoint: Checkpoint, component: str, name: str) -> bool:
     if component in PARTS:  # the other half of the autoencoder is another component
         return name.startswith(next(p for part, p in PARTS.items() if part != component))
     if name.endswith("position_ids"):  # 0, 1, 2 ...: old files carry it
+        return True
+    if is_skipped(checkpoint, component, name):
         return True
     if component != "text_encoder" or checkpoint.family != "sdxl":
         return False

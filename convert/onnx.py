@@ -18,7 +18,7 @@ from ..bundle import TEXT_ENCODERS, TIME_IDS
 from ..quantize.recipe import Form, Recipe
 from .checkpoint import ConvertError
 from .integers import OPSET, compress
-from .modules import quiet
+from .modules import hidden_layer, quiet
 from .rounding import to_half
 from .wrappers import wrap
 
@@ -88,7 +88,7 @@ def interface(
         ids = ["batch", config.max_position_embeddings]
         states = _tensor(real, [*ids, config.hidden_size])
         if config.output_hidden_states:  # SDXL reads those before the last layer
-            outputs = {f"hidden_states.{config.num_hidden_layers - 1}": states}
+            outputs = {f"hidden_states.{hidden_layer(config)}": states}
         else:
             outputs = {
                 "last_hidden_state": states,

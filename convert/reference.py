@@ -11,6 +11,7 @@ import torch
 
 from .. import bundle as bundles
 from ..bundle import Recipe
+from .modules import hidden_layer
 from .recipe import to_scheduler
 from .wrappers import certain
 
@@ -51,7 +52,8 @@ def record_text(module: torch.nn.Module, tokens: list[np.ndarray]) -> list[Run]:
     for ids in tokens:
         out = module(input_ids=torch.from_numpy(ids))
         if module.config.output_hidden_states:  # SDXL: after every layer but the last
-            outputs = {f"hidden_states.{len(out.hidden_states) - 2}": out.hidden_states[-2]}
+            layer = hidden_layer(module.config)
+            outputs = {f"hidden_states.{layer}": out.hidden_states[layer]}
         else:
             outputs = {n: out[n] for n in ("last_hidden_state", "pooler_output")}
         if "text_embeds" in out:

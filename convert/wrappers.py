@@ -14,7 +14,7 @@ from ..runtime.models import TINY
 from ..runtime.models.taesd import LOG_VARIANCE
 from .attention import original
 from .checkpoint import check_unet
-from .modules import quiet
+from .modules import hidden_layer, quiet
 from .rounding import to_half
 
 MASKED = -1e4  # finite in float16, and exp() of it is 0
@@ -76,17 +76,21 @@ class TextEncoder(torch.nn.Module):
         # transformers 4, and its model with a projection, have it one down
         clip = getattr(self.module, "text_model", self.module)
         projection = getattr(self.module, "text_projection", None)
-        penultimate = clip.embeddings(input_ids=input_ids)
-        for layer in clip.encoder.layers[:-1]:
-            penultimate = self.run(layer, penultimate)
+        count = hidden_layer(self.module.config)
+        hidden = clip.embeddings(input_ids=input_ids)
+        for layer in clip.encoder.layers[:count]:
+            hidden = self.run(layer, hidden)
         if self.module.config.output_hidden_states and projection is None:
-            return (penultimate,)
-        x = clip.final_layer_norm(self.run(clip.encoder.layers[-1], penultimate))
+            return (hidden,)
+        x = hidden
+        for layer in clip.encoder.layers[count:]:
+            x = self.run(layer, x)
+        x = clip.final_layer_norm(x)
         eos = self.module.config.eos_token_id
         # configs older than transformers 4.31 say 2; there the end token is the largest id
         at_end = input_ids.int() if eos == 2 else (input_ids == eos).int()
         pooled = x[torch.arange(x.shape[0]), at_end.argmax(dim=-1)]
-        return (x, pooled) if projection is None else (penultimate, projection(pooled))
+        return (x, pooled) if projection is None else (hidden, projection(pooled))
 
     def run(self, layer, x):
         x = x + self.attend(layer.self_attn, layer.layer_norm1(x))
