@@ -391,7 +391,7 @@ def quantize(
     It draws a few pictures to see what every layer reads, rounds so that errors make up for each
     other, compares the result with the original that the bundle carries, and draws other prompts
     with both: their figures and a sheet, check/quantized.png, are kept in the new bundle.  What is
-    measured with has sides up to 256 and up to 4 steps, unless --size and --steps say more.  With
+    measured with has sides up to 256 and 2 or 4 steps, unless --size and --steps say more.  With
     --size-budget or --psnr-floor every layer is tried in every form first, and check/frontier.png
     plots what other sizes would give.
 

@@ -116,8 +116,9 @@ def small(sizes: Sizes) -> tuple[int, int]:
 
 
 def few(bundle: Bundle) -> int:
-    """The recipe's steps, up to STEPS."""
-    return min(STEPS, bundle.manifest.recipe.steps)
+    """The recipe's steps, up to STEPS; half of them where pictures are larger than SIDE."""
+    large = max(bundle.manifest.sizes.default) > SIDE
+    return min(STEPS // 2 if large else STEPS, bundle.manifest.recipe.steps)
 
 
 class _Watched:

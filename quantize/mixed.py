@@ -40,6 +40,7 @@ from .recipe import UNQUANTIZED, Recipe, RecipeError, Rule, parse
 
 UNITS = 1 << 13  # that the bytes are counted in
 KEPT = "fp16"  # how a recipe says that a matrix stays as it is stored
+DECODED = 16  # trials of a component whose picture is looked at, not only its latents
 STEP = 0.002  # of the bytes, by which a search for a floor ends
 
 
@@ -285,6 +286,9 @@ class _Lab:
         self._engines: dict[str, _Variable] = {}
         self._pipe = self._fresh()
         self._latents, self._pictures = [], []
+        # Squared error of the picture to that of its latents, by component: much the same whichever
+        # layer it comes from, so that few pictures must be decoded.
+        self._gains: dict[str, list[float]] = {}
         for prompt, seed in runs:
             self._latents.append(self._sampled(self._pipe, prompt, seed))
             self._pictures.append(self._pipe.decode_array(self._latents[-1]))
@@ -306,15 +310,19 @@ class _Lab:
             pairs = zip(self._encoded, self._encode(), strict=True)
             spread = np.mean([np.var(p) for p in self._pictures])
             return float(np.mean([np.mean((a - b) ** 2) / np.var(a) for a, b in pairs]) * spread)
+        if component == "vae_decoder":
+            return self._decoded_error(self._latents)
         pipe = self._fresh() if component in TEXT_ENCODERS else self._pipe
-        total = 0.0
-        for (prompt, seed), latents, picture in zip(
-            self._runs, self._latents, self._pictures, strict=True
-        ):
-            if component != "vae_decoder":
-                latents = self._sampled(pipe, prompt, seed)
-            total += float(np.mean((pipe.decode_array(latents) - picture) ** 2))
-        return total / len(self._runs)
+        found = [self._sampled(pipe, prompt, seed) for prompt, seed in self._runs]
+        error, gains = _mean_square(found, self._latents), self._gains.setdefault(component, [])
+        if len(gains) >= DECODED or error == 0:
+            return error * float(np.median(gains or [0.0]))
+        decoded = self._decoded_error(found)
+        gains.append(decoded / error)
+        return decoded
+
+    def _decoded_error(self, latents: Sequence[np.ndarray]) -> float:
+        return _mean_square([self._pipe.decode_array(x) for x in latents], self._pictures)
 
     def _fresh(self) -> Pipeline:
         """One that knows no prompt yet."""
@@ -328,6 +336,10 @@ class _Lab:
         """Latents of the first picture, from the encoder."""
         picture = self._pipe.decode(self._latents[0])
         return [self._pipe.encode_image(picture, picture.size, SEEDS["torch"](0))]
+
+
+def _mean_square(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    return float(np.mean([np.mean((a - b) ** 2) for a, b in zip(found, expected, strict=True)]))
 
 
 class _Variable:
