@@ -217,6 +217,7 @@ def isa() -> str | None:
     return name
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # as schedulers spell them
 
 
@@ -1066,7 +1067,7 @@ def is_checkpoint(path: Path) -> bool:
     if not path.is_file() or path.name == "manifest.json":
         return False
     with path.open("rb") as file:
-        return file.read(8) != b"\x89PNG\r\n\x1a\n" and path.suffix.lower() != ".png"
+        return not file.read(8).startswith(b"\x89PNG") and path.suffix.lower() not in PICTURES
 
 
 def checkpoint_text(seen: dict[str, Any]) -> str:

@@ -103,6 +103,8 @@ def open_file(path: Path) -> dict[str, Stored]:
     for name in found:
         if len(name) > MAX_NAME:
             raise CheckpointError(f"{path}: a name of {len(name):,} characters")
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: the name {name!r} cannot be printed")
     return found
 
 

@@ -325,8 +325,9 @@ def test_nan_is_named_when_the_tensor_is_read(sd1, tmp_path):
         dict(tensors(made, "unet"))
 
 
-def test_names_are_short(tmp_path):
+def test_names_are_short_and_can_be_printed(tmp_path):
     assert "a name of 99,999 characters" in refusal({"." * 99_999: np.ones(1)}, tmp_path)
+    assert "cannot be printed" in refusal({"two\nlines\x1b[2J": np.ones(1)}, tmp_path)
 
 
 @pytest.mark.parametrize(
