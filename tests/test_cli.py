@@ -166,7 +166,7 @@ def test_json_is_one_object_per_line_and_nothing_else():
     [
         ("", "note: the prompt is empty"),
         (" \n ", "note: the prompt is empty"),
-        ("word " * 2000, "note: the text encoder reads 32 tokens"),
+        ("word " * 2000, "note: the text encoder reads 1024 tokens"),
         ("\n" + "a\x1b[2J\n" * 40, "note: the text encoder reads"),
         ("🦊", ""),
         ("a\nb\tc", ""),
