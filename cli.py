@@ -206,20 +206,24 @@ def with_options(options: Sequence[Any]) -> Any:
     "--compute-capability", metavar="8.6,8.9,...", help="TensorRT: GPUs to build engines for."
 )
 @click.option("--weight-streaming", is_flag=True, help="TensorRT: engines that stream weights.")
+@click.option(
+    "--original", type=click.Path(path_type=Path), help="Compare Optimum's export with it."
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's folder.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
 @json_option
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
-    chunks, layout, compute_capability, weight_streaming, name, licence, force, as_json,
+    chunks, layout, compute_capability, weight_streaming, original, name, licence, force, as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT, a folder in the diffusers layout, to a bundle.
 
     Every component is compared with the original after it was written, and so is a picture; below
     the floor nothing is kept.  The native target, our own engine for CPUs, computes in bf16 if not
     told otherwise, ONNX in fp32, Core ML and TensorRT in fp16; packages and graphs for the last two
-    are checked here, without the device, and `verify --on-device` checks there.
+    are checked here, without the device, and `verify --on-device` checks there.  A folder that
+    Optimum exported becomes an ONNX bundle of its graphs, compared only with an --original.
 
     \b
     Example:
@@ -230,6 +234,7 @@ def convert(
     """
     from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
+    from .convert.checkpoint import is_exported
 
     coreml = {
         "--deployment": deployment, "--compute-units": compute_units, "--attention": attention,
@@ -253,11 +258,12 @@ def convert(
         options = TensorrtOptions(**chosen)
     output = output or Path(f"{checkpoint.resolve().name}.ferro")
     encoders = 2 if (checkpoint / "text_encoder_2").is_dir() else 1
-    with Progress("convert", stages(encoders)) as progress:
+    compared = original is not None or not is_exported(checkpoint)
+    with Progress("convert", stages(encoders, not compared)) as progress:
         try:
             bundle = convert_checkpoint(
                 checkpoint, output, target, read_weights(weights), activations, sizes, options,
-                name, licence, force, progress.stage,
+                name, licence, force, progress.stage, original,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
@@ -949,6 +955,9 @@ def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
     floors = parity.get("floors", {})
     for name, outputs in parity.get("components", {}).items():
         for output, r in outputs.items():
+            if "psnr" not in r:  # of a folder of graphs, without the original
+                rows.append((f"{name} {output}", "", "", "", "", f"{r['fp16_headroom']:.0f} x"))
+                continue
             rows.append((
                 f"{name} {output}", f"{r['psnr']:.1f}", f"{floors['component']:.0f}",
                 f"{r['cosine']:.7f}", f"{r['max_error']:.2g}", f"{r['fp16_headroom']:.0f} x",
@@ -956,6 +965,8 @@ def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
     picture = parity.get("picture")
     if picture:
         name = f"picture: {picture['sampler']}, {picture['steps']} steps, seed {picture['seed']}"
+        if "psnr" not in picture:
+            return [("not compared, only run", *rows[0][1:]), *rows[1:], (name,)]
         psnr, error = f"{picture['psnr']:.1f}", f"{picture['max_error']:.2g}"
         rows.append((name, psnr, f"{floors['picture']:.0f}", "", error, ""))
     return rows

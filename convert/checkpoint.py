@@ -119,6 +119,38 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     )
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds what Optimum exported: graphs, and no weights to convert."""
+    graphs = any((folder / name / "model.onnx").is_file() for name in ("text_encoder", "unet"))
+    weights = any((folder / "unet").glob("*.safetensors*"))
+    return graphs and not weights and (folder / "model_index.json").is_file()
+
+
+def open_exported(folder: Path) -> Checkpoint:
+    """Look at a folder that Optimum exported: as a checkpoint, without weights.
+
+    Raises CheckpointError when a part is missing or unsupported; graphs are not looked at.
+    """
+    index = _read_json(folder / "model_index.json")
+    names = _components(folder, index)
+    places = {name: "vae_decoder" if name == "vae" else name for name in names}
+    configs = {name: _read_json(folder / p / "config.json") for name, p in places.items()}
+    xl = index["_class_name"] in XL_PIPELINES
+    _check_configs(configs, xl)
+    family = FAMILIES.get(configs["unet"].get("cross_attention_dim", 0), "sd")
+    return Checkpoint(
+        folder=folder,
+        name=folder.resolve().name,
+        family="sdxl" if xl else family,
+        license=_license(folder / "README.md"),
+        configs=configs,
+        weights={},
+        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        model_index=index,
+        tokenizers={t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names},
+    )
+
+
 def check_unet(config: dict) -> None:
     """Refuse a U-Net whose extra inputs or layers the exported graphs would leave out."""
     for field, value in UNUSED_BY_UNET.items():

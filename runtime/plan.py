@@ -337,7 +337,7 @@ class _Case:
 
     def _onnx(self, component: str, runs: int, size: tuple[int, int]) -> Iterator[Stage]:
         seconds = runs * _onnx_seconds(self.bundle, component, size)
-        for frugal in (False, True) if expands(self.bundle) else (False,):
+        for frugal in (False, True) if expands(self.bundle, component) else (False,):
             taken = onnx_memory(self.bundle, component, size, frugal)
             yield Stage(
                 component, "staged", runs, taken.weights, taken.activations + taken.scratch,
