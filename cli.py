@@ -268,14 +268,28 @@ def convert(
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
     if as_json:
-        click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
+        told = {"bundle": str(output), "peak_bytes": peak(), "parity": bundle.manifest.parity}
+        click.echo(json.dumps(told))
         return
     click.echo(parity_table(bundle.manifest.parity))
     if more := columns([*weights_rows(bundle.manifest.parity), *memory_rows(bundle)]):
         click.echo(more)
     for note in bundle.manifest.parity["notes"]:
         click.echo(f"note: {note}", err=True)
-    click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
+    size = mib(sum(f.bytes for f in bundle.manifest.files.values()))
+    most = peak()
+    click.echo(f"{output}  {size}" + (f", converted within {mib(most)} of memory" if most else ""))
+
+
+def peak() -> int | None:
+    """The most bytes that this process, or one that it started, has had in memory."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    each = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    most = max(resource.getrusage(who).ru_maxrss for who in each)
+    return most if sys.platform == "darwin" else most << 10
 
 
 # --- quantize -----------------------------------------------------------------------------------

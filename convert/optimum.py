@@ -372,7 +372,7 @@ def _to_number(graph: ir.Graph, name: str) -> None:
     old.name = f"{name}/list"
     one = ir.Value(name=f"{name}/one", const_value=ir.tensor(np.array([1]), name=f"{name}/one"))
     graph.initializers.add(one)
-    new = ir.Input(name, ir.Shape([]), ir.TensorType(old.dtype))
+    new = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(old.dtype))
     graph.inputs[index] = new
     node = ir.node("Reshape", [new, one], name=f"{name}/Reshape")
     ir.convenience.replace_all_uses_with(old, node.outputs[0])

@@ -141,6 +141,13 @@ class OptimumTarget(OnnxTarget):
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
+        for field in ("max_position_embeddings", "hidden_size", "block_out_channels"):
+            found, original = self.graphs[name].config.get(field), config.get(field)
+            if found != original:
+                raise ConvertError(
+                    f"{name}: {field} is {found} in the export and {original} in the original: it "
+                    "is another checkpoint's"
+                )
         return optimum.import_graph(self.graphs[name], folder, self.task.precision)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
