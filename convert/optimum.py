@@ -389,7 +389,7 @@ class _Run:
         self.bundle = bundle
         self.recorded: dict[str, checks.Runs] = {}
         self.census: dict[str, dict[str, parity.Census]] = {}
-        self.picture = np.empty(0)
+        self.picture: np.ndarray = np.empty(0)
         self.preview: tuple[tuple[float, float, float], ...] = ()
         self.steps = min(bundle.manifest.recipe.steps, MAX_STEPS)
 

@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper
 
-from ferrotype import bundle, parity  # noqa: E402
-from ferrotype.bundle import BundleError, Precision  # noqa: E402
-from ferrotype.convert import ConvertError, OptionError, convert, optimum  # noqa: E402
-from ferrotype.convert.checkpoint import CheckpointError, is_exported, open_exported  # noqa: E402
-from ferrotype.runtime.engines.onnx import OnnxEngine  # noqa: E402
-from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline  # noqa: E402
+from ferrotype import bundle, parity
+from ferrotype.bundle import BundleError, Precision
+from ferrotype.convert import ConvertError, OptionError, convert, optimum
+from ferrotype.convert.checkpoint import CheckpointError, is_exported, open_exported
+from ferrotype.runtime.engines.onnx import OnnxEngine
+from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline
 
 PARTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
