@@ -105,6 +105,7 @@ class Component:
 
     `parts` are those below `path` that run one after the other, where a network was cut.
     `memory` is what a device needs to run it, by device, as its compiler reported it.
+    `activations` is what it computes in, if not what the manifest says of all.
     """
 
     path: str
@@ -113,6 +114,7 @@ class Component:
     outputs: dict[str, Tensor]
     parts: tuple[str, ...] = ()
     memory: dict[str, Memory] = field(default_factory=dict)
+    activations: str = field(default="", metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         _plain_path(self.path)
@@ -298,6 +300,10 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.components)
             raise BundleError(f"{self.folder} has no {name}: it holds {have}") from None
+
+    def activations(self, name: str) -> str:
+        """What the component of that name computes in."""
+        return self.component(name).activations or self.manifest.precision.activations
 
 
 def states_of(outputs: Iterable[str]) -> str:
@@ -541,11 +547,17 @@ def _cannot_write(out: Path, error: OSError) -> BundleError:
 
 def dumps(manifest: Manifest) -> str:
     """The manifest's text: JSON in a fixed order, so that equal bundles are equal bytes."""
-    raw = dataclasses.asdict(manifest)
-    for entry in dataclasses.fields(Recipe):
-        if entry.metadata == OPTIONAL and getattr(manifest.recipe, entry.name) == entry.default:
-            del raw["recipe"][entry.name]
-    return json.dumps(raw, indent=1, allow_nan=False) + "\n"
+    return json.dumps(_plain(manifest), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Objects and lists for JSON, without the OPTIONAL fields that have their default."""
+    if dataclasses.is_dataclass(value):
+        given = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(v) for f, v in given if f.metadata != OPTIONAL or v != f.default}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def list_files(folder: Path) -> dict[str, File]:

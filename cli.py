@@ -269,6 +269,9 @@ def with_options(options: Sequence[Any]) -> Any:
 @click.option(
     "--clip-skip", type=click.IntRange(0, 31), help="Text layers to leave out: 1 is usual."
 )
+@click.option(
+    "--original", type=click.Path(path_type=Path), help="Compare Optimum's export with it."
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's own.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
@@ -276,7 +279,7 @@ def with_options(options: Sequence[Any]) -> Any:
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
     chunks, layout, compute_capability, weight_streaming, tokenizer, prediction, vaes, loras,
-    embeddings, recipe, clip_skip, name, licence, force, as_json,
+    embeddings, recipe, clip_skip, original, name, licence, force, as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT to a bundle: a folder in the diffusers layout, or a file.
 
@@ -286,7 +289,8 @@ def convert(
     Every component is compared with the original after it was written, and so is a picture; below
     the floor nothing is kept.  The native target, our own engine for CPUs, computes in bf16 if not
     told otherwise, ONNX in fp32, Core ML and TensorRT in fp16; packages and graphs for the last two
-    are checked here, without the device, and `verify --on-device` checks there.
+    are checked here, without the device, and `verify --on-device` checks there.  A folder that
+    Optimum exported becomes an ONNX bundle of its graphs, compared only with an --original.
 
     A LoRA (kohya, LyCORIS, diffusers, PEFT) is merged before weights are quantized; every tensor of
     its file must apply.  An embedding's token is then a word of every prompt.
@@ -304,7 +308,7 @@ def convert(
     """
     from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
     from .convert import convert as convert_checkpoint
-    from .convert.checkpoint import open_checkpoint
+    from .convert.checkpoint import is_exported, open_checkpoint
 
     coreml = {
         "--deployment": deployment, "--compute-units": compute_units, "--attention": attention,
@@ -326,27 +330,51 @@ def convert(
             text = chosen.pop("compute_capability")
             chosen["capabilities"] = tuple(part.strip() for part in text.split(","))
         options = TensorrtOptions(**chosen)
-    opened = open_checkpoint(checkpoint, tokenizer, PREDICTIONS.get(prediction), vaes)
-    output = output or Path(f"{opened.name}.ferro")
-    with Progress("convert", stages(len(opened.tokenizers))) as progress:
+    exported = is_exported(checkpoint)
+    if exported:
+        check_only_for("a checkpoint", "an export of Optimum's", {
+            "--tokenizer": tokenizer, "--prediction": prediction, "--vae": vaes, "--lora": loras,
+            "--embedding": embeddings, "--recipe": recipe, "--clip-skip": clip_skip,
+        })  # fmt: skip
+        opened, label = checkpoint, checkpoint.resolve().name
+        encoders = 2 if (checkpoint / "text_encoder_2").is_dir() else 1
+    else:
+        opened = open_checkpoint(checkpoint, tokenizer, PREDICTIONS.get(prediction), vaes)
+        label, encoders = opened.name, len(opened.tokenizers)
+    output = output or Path(f"{label}.ferro")
+    with Progress("convert", stages(encoders, exported and original is None)) as progress:
         try:
             bundle = convert_checkpoint(
                 opened, output, target, read_weights(weights), activations, sizes, options,
                 name, licence, force, progress.stage, recipe, clip_skip or 0,
                 loras=[(path, 1.0 if weight is None else weight) for path, weight in loras],
-                embeddings=embeddings,
+                embeddings=embeddings, original=original,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
     if as_json:
-        click.echo(json.dumps({"bundle": str(output), "parity": bundle.manifest.parity}))
+        told = {"bundle": str(output), "peak_bytes": peak(), "parity": bundle.manifest.parity}
+        click.echo(json.dumps(told))
         return
     click.echo(parity_table(bundle.manifest.parity))
     if more := columns([*weights_rows(bundle.manifest.parity), *memory_rows(bundle)]):
         click.echo(more)
     for note in bundle.manifest.parity["notes"]:
         click.echo(f"note: {printable(note)}", err=True)
-    click.echo(f"{output}  {mib(sum(f.bytes for f in bundle.manifest.files.values()))}")
+    size = mib(sum(f.bytes for f in bundle.manifest.files.values()))
+    most = peak()
+    click.echo(f"{output}  {size}" + (f", converted within {mib(most)} of memory" if most else ""))
+
+
+def peak() -> int | None:
+    """The most bytes that this process, or one that it started, has had in memory."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    each = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    most = max(resource.getrusage(who).ru_maxrss for who in each)
+    return most if sys.platform == "darwin" else most << 10
 
 
 # --- quantize -----------------------------------------------------------------------------------
@@ -1103,6 +1131,9 @@ def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
     floors = parity.get("floors", {})
     for name, outputs in parity.get("components", {}).items():
         for output, r in outputs.items():
+            if "psnr" not in r:  # of a folder of graphs, without the original
+                rows.append((f"{name} {output}", "", "", "", "", f"{r['fp16_headroom']:.0f} x"))
+                continue
             rows.append((
                 f"{name} {output}", f"{r['psnr']:.1f}", f"{floors['component']:.0f}",
                 f"{r['cosine']:.7f}", f"{r['max_error']:.2g}", f"{r['fp16_headroom']:.0f} x",
@@ -1110,6 +1141,8 @@ def parity_rows(parity: dict[str, Any]) -> list[tuple[str, ...]]:
     picture = parity.get("picture")
     if picture:
         name = f"picture: {picture['sampler']}, {picture['steps']} steps, seed {picture['seed']}"
+        if "psnr" not in picture:
+            return [("not compared, only run", *rows[0][1:]), *rows[1:], (name,)]
         psnr, error = f"{picture['psnr']:.1f}", f"{picture['max_error']:.2g}"
         rows.append((name, psnr, f"{floors['picture']:.0f}", "", error, ""))
     return rows

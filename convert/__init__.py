@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..bundle import Precision
 from ..quantize.recipe import UNQUANTIZED, Recipe
-from .checkpoint import ConvertError, OptionError
-from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
+from .checkpoint import ConvertError, OptionError, is_exported, open_exported
+from .options import CoremlOptions, NativeOptions, OptimumOptions, Options, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -72,6 +73,7 @@ def convert(
     clip_skip: int = 0,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    original: str | os.PathLike | None = None,
 ) -> Bundle:
     """Convert a checkpoint to a bundle at `out`, which exists only once it was compared.
 
@@ -86,30 +88,78 @@ def convert(
     encoder are left out, counted as diffusers does.  `name` and `licence` are those of the
     checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
     it begins, `stages()` in all.  `loras` are files and how much each counts, merged in that order;
-    `embeddings` are files of textual inversion and their tokens, None for the file's own.
+    `embeddings` are files of textual inversion and their tokens, None for the file's own.  A folder
+    that Optimum exported becomes an ONNX bundle of its graphs, compared with the checkpoint
+    `original` if that is given.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
     if target not in TARGETS:
         raise ConvertError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    every = tuple((width, height) for width, height in sizes)
+    if isinstance(checkpoint, str | os.PathLike) and is_exported(Path(checkpoint)):
+        if target != "onnx" or weights is not None or activations is not None:
+            raise OptionError(
+                f"{checkpoint} holds graphs that Optimum exported: they become an ONNX bundle as "
+                "they are; for another target or precision convert the checkpoint itself"
+            )
+        return _import(checkpoint, out, every, name, licence, force, progress, original)
+    if original is not None:
+        raise OptionError(f"an original is for folders that Optimum exported, {checkpoint} is none")
     stored, precision = _precision(target, weights, activations)
     options = _options(target, options)
     try:
         from .build import build
     except ModuleNotFoundError as error:
-        raise ConvertError(
-            f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
-        ) from None
-    every = tuple((width, height) for width, height in sizes)
+        raise _needs(error) from None
     return build(
         checkpoint, out, options, stored, precision, every, name, licence, force, progress, recipe,
         clip_skip, loras, embeddings,
     )  # fmt: skip
 
 
-def stages(encoders: int = 1) -> int:
-    """How many stages `progress` is told of, for a checkpoint with so many text encoders."""
-    return 10 + 3 * encoders
+def _import(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    sizes: tuple[tuple[int, int], ...],
+    name: str | None,
+    licence: str | None,
+    force: bool,
+    progress: Callable[[str], None],
+    original: str | os.PathLike | None,
+) -> Bundle:
+    """A bundle of graphs that Optimum exported, compared with the original if it is there."""
+    try:
+        from . import optimum
+
+        if original is not None:
+            from .build import build
+    except ModuleNotFoundError as error:
+        raise _needs(error) from None
+    exported = open_exported(Path(folder))
+    if original is None:
+        exported = dataclasses.replace(
+            exported, name=name or exported.name, license=licence or exported.license
+        )
+        return optimum.build(exported, out, sizes, force, progress)
+    graphs = optimum.inspect(exported)
+    precision, sizes = optimum.precision_of(graphs), optimum.fixed_sizes(exported, graphs, sizes)
+    options, recipe = OptimumOptions(graphs), Recipe.uniform("fp32")  # which nothing reads
+    return build(original, out, options, recipe, precision, sizes, name, licence, force, progress)
+
+
+def _needs(error: ModuleNotFoundError) -> ConvertError:
+    return ConvertError(
+        f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
+    )
+
+
+def stages(encoders: int = 1, exported: bool = False) -> int:
+    """How many stages `progress` is told of, for a checkpoint with so many text encoders.
+
+    `exported`: for a folder of Optimum's that is not compared.
+    """
+    return 6 + encoders if exported else 10 + 3 * encoders
 
 
 def _precision(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from .. import bundle as bundles
 from .. import parity
 from .._version import __version__
-from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source
+from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Source
 from ..quantize.recipe import Recipe as Weights
 from ..runtime import check as checks
 from ..runtime.engines import onnx_memory
@@ -26,14 +25,24 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
 from . import embedding, lora, modules, recipe, reference, tokenizer
 from .checkpoint import Checkpoint, ConvertError, open_checkpoint, skip_layers, source_hash
+from .ecosystem import write_ecosystem_files
 from .modules import NORM_INPUT
-from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
-from .reference import PROMPT, SEED, Reference, Run
+from .options import (
+    CoremlOptions,
+    NativeOptions,
+    OptimumOptions,
+    Options,
+    TensorrtOptions,
+    picture_sizes,
+)
+from .probes import MAX_STEPS, OTHER_PROMPTS, PROMPT, SEED
+from .reference import Reference, Run
 from .targets import (
     Census,
     CoremlTarget,
     NativeTarget,
     OnnxTarget,
+    OptimumTarget,
     Target,
     Task,
     TensorrtTarget,
@@ -99,16 +108,14 @@ class _Job:
         family: str | None = None,
     ) -> None:
         self.floors = floors(weights, precision)
-        try:
-            self.sizes = _sizes(checkpoint, sizes, options)
-        except ValueError as error:
-            raise ConvertError(str(error)) from None
+        self.sizes = picture_sizes(checkpoint, sizes, options)
         self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
+        self.options = options
         self.progress = progress
         self.recipe, notes = recipe.from_checkpoint(checkpoint, family)
         self.notes = [*checkpoint.notes, *notes]
         self.notes += [note for addition in checkpoint.additions for note in addition.notes]
-        self.prompts = (PROMPT, *reference.OTHER_PROMPTS, *_new_tokens(checkpoint))
+        self.prompts = (PROMPT, *OTHER_PROMPTS, *_new_tokens(checkpoint))
         scale = checkpoint.vae_scale
         latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
         guided = self.recipe.guidance not in (0, 1)
@@ -116,9 +123,7 @@ class _Job:
         default = (width // scale, height // scale)
         task = Task(checkpoint, precision, weights, latents or None, guided, default)
         self.target = _target(options, task)
-        shortened = dataclasses.replace(
-            self.recipe, steps=min(self.recipe.steps, reference.MAX_STEPS)
-        )
+        shortened = dataclasses.replace(self.recipe, steps=min(self.recipe.steps, MAX_STEPS))
         others = tuple(size for size in sizes if size != self.sizes.default)
         self.reference = Reference(shortened, self.sizes.default, others)
 
@@ -136,7 +141,7 @@ class _Job:
             "unet": self._unet(),
             **self._vae(),
         }
-        self._copy_ecosystem_files()
+        write_ecosystem_files(self.checkpoint, self.staged)
         return Manifest(
             format=bundles.FORMAT,
             tool=f"ferrotype {__version__}",
@@ -215,25 +220,21 @@ class _Job:
                     f"the original returns {nan} NaN and {inf} Inf in {name}, layer {layer}: "
                     "the checkpoint is damaged"
                 )
-        if self.precision.activations != "fp16":  # bf16 reaches as far as fp32
-            return False
+        if self.precision.activations != "fp16" or isinstance(self.options, OptimumOptions):
+            return False  # bf16 reaches as far as fp32, and what a graph computes in is decided
         layer, (largest, _, _) = max(census.items(), key=lambda item: item[1][0])
+        problem = f"layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
         if largest < parity.FP16_MAX:
-            return True
-        problem = f"{name}: layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
-        if not self.target.overflow_is_kept_in_fp32:
-            raise ConvertError(f"{problem}: use --activations fp32")
-        self.notes.append(f"{problem}: this component is kept in fp32")
+            if not self._upcast(name):
+                return True
+            problem = "its configuration says that fp16 overflows (force_upcast)"
+        self.notes.append(f"{name}: {problem}: this component is kept in fp32")
         return False
 
-    def _copy_ecosystem_files(self) -> None:
-        """What other tools look for beside the component folders."""
-        index = json.dumps(self.checkpoint.model_index, indent=2)
-        (self.staged / "model_index.json").write_text(index + "\n", encoding="utf-8")
-        scheduler = self.staged / "scheduler"
-        scheduler.mkdir()
-        text = json.dumps(self.checkpoint.scheduler, indent=2, sort_keys=True)
-        (scheduler / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
+    def _upcast(self, name: str) -> bool:
+        """Whether diffusers itself computes a part in fp32: only for SDXL does it look."""
+        stated = name in VAE_PARTS and self._config(name).get("force_upcast")
+        return bool(stated) and self.checkpoint.family == "sdxl"
 
     # --- checking -------------------------------------------------------------------------------
 
@@ -330,30 +331,10 @@ def _target(options: Options | None, task: Task) -> Target:
             return TensorrtTarget(task, options)
         case NativeOptions():
             return NativeTarget(task, options)
+        case OptimumOptions():
+            return OptimumTarget(task, options)
         case _:
             return OnnxTarget(task)
-
-
-def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None) -> Sizes:
-    """The sizes that the networks will take: those given, or one if they must be fixed, or any."""
-    scale, levels = checkpoint.vae_scale, len(checkpoint.configs["unet"]["down_block_types"])
-    native = isinstance(options, NativeOptions)
-    # The native U-Net doubles what it halved, so that no half may be odd.
-    multiple = scale * 2 ** (levels - 1) if native else scale
-    side = checkpoint.configs["unet"].get("sample_size", 64)
-    width, height = side if isinstance(side, list) else (side, side)
-    default = (scale * width, scale * height)
-    fixed = isinstance(options, CoremlOptions | TensorrtOptions)
-    for width, height in sizes or (default,):
-        for side in (width, height):
-            if side % multiple or side < multiple:
-                raise ValueError(f"size {width}x{height}: {side} is no multiple of {multiple}")
-    sizes = sizes or ((default,) if fixed else ())
-    if sizes:
-        sides = [side for size in sizes for side in size]
-        return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
-    least = min(scale * 2**levels, *default)
-    return Sizes(default, multiple, least, max(2048, *default))
 
 
 def _new_tokens(checkpoint: Checkpoint) -> list[str]:

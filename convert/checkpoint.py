@@ -274,6 +274,14 @@ def skip_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     return dataclasses.replace(checkpoint, configs=configs, clip_skip=count)
 
 
+def hidden_layer(config: Any) -> int:
+    """Before which of its layers the states of a text encoder of SDXL's are read.
+
+    `config` is transformers' CLIPTextConfig.
+    """
+    return config.num_hidden_layers - 1 - getattr(config, "clip_skip", 0)
+
+
 def is_skipped(checkpoint: Checkpoint, component: str, name: str) -> bool:
     """Whether a tensor is of a text encoder's layers that `skip_layers` left out."""
     if component != "text_encoder" or not checkpoint.clip_skip:
@@ -281,6 +289,38 @@ def is_skipped(checkpoint: Checkpoint, component: str, name: str) -> bool:
     first = checkpoint.configs[component]["num_hidden_layers"]
     found = re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name)
     return found is not None and first <= int(found[1]) < first + checkpoint.clip_skip
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds what Optimum exported: graphs, and no weights to convert."""
+    graphs = any((folder / name / "model.onnx").is_file() for name in ("text_encoder", "unet"))
+    weights = any((folder / "unet").glob("*.safetensors*"))
+    return graphs and not weights and (folder / "model_index.json").is_file()
+
+
+def open_exported(folder: Path) -> Checkpoint:
+    """Look at a folder that Optimum exported: as a checkpoint, without weights.
+
+    Raises CheckpointError when a part is missing or unsupported; graphs are not looked at.
+    """
+    index = _read_json(folder / "model_index.json")
+    names = _components(folder, index)
+    places = {name: "vae_decoder" if name == "vae" else name for name in names}
+    configs = {name: _read_json(folder / p / "config.json") for name, p in places.items()}
+    xl = index["_class_name"] in XL_PIPELINES
+    _check_configs(configs, xl)
+    family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
+    return Checkpoint(
+        folder=folder,
+        name=folder.resolve().name,
+        family="sdxl" if xl else family,
+        license=_license(folder / "README.md"),
+        configs=configs,
+        weights={},
+        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        model_index=index,
+        tokenizers={t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names},
+    )
 
 
 def check_unet(config: dict) -> None:

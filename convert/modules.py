@@ -19,7 +19,7 @@ from ..runtime.models import TINY
 from .checkpoint import Checkpoint, CheckpointError, is_skipped, new_attention_name, tensors
 
 if TYPE_CHECKING:
-    import transformers
+    pass
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
@@ -40,11 +40,6 @@ def text_encoder_2(checkpoint: Checkpoint) -> torch.nn.Module:
     module = _clip("CLIPTextModelWithProjection", config, True)
     module.config.clip_skip = checkpoint.clip_skip  # its last layers stay, for the pooled state
     return _fill(module, checkpoint, "text_encoder_2", str)
-
-
-def hidden_layer(config: transformers.CLIPTextConfig) -> int:
-    """Before which of its layers the states of a text encoder of SDXL's are read."""
-    return config.num_hidden_layers - 1 - getattr(config, "clip_skip", 0)
 
 
 def unet(checkpoint: Checkpoint) -> torch.nn.Module:

@@ -21,11 +21,11 @@ from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
 from ..runtime.program import INT8, TYPES, activation_type
-from . import native, onnx
+from . import native, onnx, optimum
 from .blame import native_worst, worst
 from .checkpoint import Checkpoint, ConvertError
 from .modules import NORM_INPUT
-from .options import CoremlOptions, NativeOptions, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, OptimumOptions, TensorrtOptions
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -46,6 +46,10 @@ class Task:
     guided: bool  # whether a step takes two passes
     default: Size
 
+    def exception(self, half: bool) -> str:
+        """What a component computes in if not in the precision's activations."""
+        return "fp32" if self.precision.activations == "fp16" and not half else ""
+
     @property
     def tokens(self) -> int:
         """The length of the text."""
@@ -56,12 +60,14 @@ class Target(Protocol):
     """One kind of device."""
 
     name: str
-    overflow_is_kept_in_fp32: bool  # else a component that overflows fp16 is refused
 
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
-        """Write a component to `folder`, which is below the bundle by its own name."""
+        """Write a component to `folder`, which is below the bundle by its own name.
+
+        `half`: it computes in fp16, if the precision says so and no layer reaches beyond.
+        """
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         """What runs a written component on this machine, from the bundle's files alone."""
@@ -80,7 +86,6 @@ class OnnxTarget:
     """Graphs for onnxruntime, checked by the engine that runs them later."""
 
     name = "onnx"
-    overflow_is_kept_in_fp32 = False
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -97,10 +102,11 @@ class OnnxTarget:
             folder,
             sizes[0] if sizes and len(sizes) == 1 else None,
             recipe if recipe.least_bits else precision.weights,
-            precision.activations,
+            "fp16" if half else "fp32",
         )
         self.made[name] = made
-        return Component(folder.name, config, tensors(made["inputs"]), tensors(made["outputs"]))
+        arrays = tensors(made["inputs"]), tensors(made["outputs"])
+        return Component(folder.name, config, *arrays, activations=self.task.exception(half))
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)
@@ -125,11 +131,39 @@ class OnnxTarget:
         return told
 
 
+class OptimumTarget(OnnxTarget):
+    """Graphs that Optimum exported, in place of our own."""
+
+    def __init__(self, task: Task, options: OptimumOptions) -> None:
+        super().__init__(task)
+        self.graphs = options.graphs
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        for field in ("max_position_embeddings", "hidden_size", "block_out_channels"):
+            found, original = self.graphs[name].config.get(field), config.get(field)
+            if found != original:
+                raise ConvertError(
+                    f"{name}: {field} is {found} in the export and {original} in the original: it "
+                    "is another checkpoint's"
+                )
+        return optimum.import_graph(self.graphs[name], folder, self.task.precision)
+
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        return ": is it another checkpoint's export, or damaged?"  # its layers have other names
+
+    def options(self) -> dict[str, str]:
+        return optimum.OPTIONS
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+
 class NativeTarget:
     """Weights packed for our own engine, checked by running it."""
 
     name = "native"
-    overflow_is_kept_in_fp32 = False
 
     def __init__(self, task: Task, options: NativeOptions) -> None:
         kernels.library()  # without the engine nothing could be checked: said before hours pass
@@ -148,12 +182,13 @@ class NativeTarget:
         requests = models.weights(name, config, outputs)
         few_bits, kept = packing.choose(name, requests, task.recipe)
         self.kept[name] = Counter(kept.values())
-        plain = task.precision.weights
+        own = task.exception(half)
+        plain, activations = task.precision.weights, own or task.precision.activations
         if task.recipe.least_bits:
-            plain = UNQUANTIZED[task.precision.activations]
+            plain = UNQUANTIZED[activations]
         lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
         self.underflow.update(lost)
-        narrow = task.precision.activations == INT8
+        narrow = activations == INT8
         places = packing.layout(requests, TYPES[plain], few_bits, narrow)
         matrices = [request for request in requests if request.is_matrix]
         self.names += [f"{name}/{source}" for r in matrices for source in r.sources]
@@ -161,10 +196,10 @@ class NativeTarget:
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
         shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
-        kind = activation_type(task.precision.activations) or Type.F32
+        kind = activation_type(activations) or Type.F32
         memory = packing.memory(name, config, outputs, shapes, places, kind)
         arrays = _single(tensors(taken)), _single(tensors(outputs))
-        return Component(folder.name, config, *arrays, memory=memory)
+        return Component(folder.name, config, *arrays, memory=memory, activations=own)
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return NativeEngine(bundle, name, isa=self.chosen.isa)
@@ -188,7 +223,6 @@ class CoremlTarget:
     """Core ML packages, checked by our own reader of what was saved."""
 
     name = "coreml"
-    overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: CoremlOptions) -> None:
         if not importlib.util.find_spec("coremltools"):
@@ -224,7 +258,8 @@ class CoremlTarget:
         )
         self.made[name] = made
         inputs, outputs = tensors(made.inputs), tensors(made.outputs)
-        return Component(folder.name, config, inputs, outputs, tuple(made.parts))
+        own = self.task.exception(half)
+        return Component(folder.name, config, inputs, outputs, tuple(made.parts), activations=own)
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         from .mlprogram import open_part
@@ -263,7 +298,6 @@ class TensorrtTarget:
     """Graphs of plain operators and engines built from them, checked by running the graphs."""
 
     name = "tensorrt"
-    overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: TensorrtOptions) -> None:
         from .tensorrt import check_capability
@@ -303,7 +337,8 @@ class TensorrtTarget:
             self.built[name].append(built)
         memory = {built.capability: built.memory for built in self.built[name]}
         inputs, outputs = tensors(made["inputs"]), tensors(made["outputs"])
-        return Component(folder.name, config, inputs, outputs, memory=memory)
+        own = task.exception(half)
+        return Component(folder.name, config, inputs, outputs, memory=memory, activations=own)
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ..runtime.models import TINY
 from ..runtime.models.taesd import LOG_VARIANCE
 from .attention import original
-from .checkpoint import check_unet
-from .modules import hidden_layer, quiet
+from .checkpoint import check_unet, hidden_layer
+from .modules import quiet
 from .rounding import to_half
 
 MASKED = -1e4  # finite in float16, and exp() of it is 0

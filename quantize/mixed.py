@@ -34,7 +34,7 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.program import LINE, TYPES, Packed, Weight, round_up
 from ..runtime.seeds import SEEDS
 from . import native
-from .apply import written
+from .apply import exception, written
 from .calibrate import PROMPTS, CalibrationError, Statistics, few, small
 from .recipe import UNQUANTIZED, Recipe, RecipeError, Rule, parse
 
@@ -229,7 +229,6 @@ def measure(
     activations = activations or bundle.manifest.precision.activations
     size, steps = size or small(bundle.manifest.sizes), steps or few(bundle)
     lab = _Lab(bundle, [(p, s) for p in prompts for s in seeds], size, steps)
-    plain = TYPES[UNQUANTIZED[activations]]
     requests = {
         name: models.weights(name, spec.config, spec.outputs)
         for name, spec in bundle.manifest.components.items()
@@ -238,6 +237,8 @@ def measure(
     rest, choices = 0, []
     for component, packed in requests.items():
         engine = lab.engine(component)
+        computed = exception(bundle, component, activations) or activations
+        plain = TYPES[UNQUANTIZED[computed]]
         for request in packed:
             if not request.is_matrix:
                 rest += round_up(request.bytes(Type.F32)[0], LINE)

@@ -570,11 +570,8 @@ def _on_neural_engine(case: _Case) -> bool:
 
 
 def _overflowing(bundle: Bundle) -> list[str]:
-    """Components that the conversion kept in fp32 and noted; the report is free-form."""
-    notes = bundle.manifest.parity.get("notes")
-    texts = [n for n in notes if isinstance(n, str)] if isinstance(notes, list) else []
-    kept = {text.split(":")[0] for text in texts if text.endswith("is kept in fp32")}
-    return [name for name in bundle.manifest.components if name in kept]
+    """Components that the conversion kept in fp32."""
+    return [name for name, part in bundle.manifest.components.items() if part.activations]
 
 
 def _off_gpu(case: _Case) -> Iterator[Off]:

@@ -352,7 +352,7 @@ class _Case:
     def _onnx(self, component: str, runs: int, size: tuple[int, int]) -> Iterator[Stage]:
         seconds, more = _onnx_text(self.bundle, component, size, self.run.chunks)
         seconds *= runs
-        for frugal in (False, True) if expands(self.bundle) else (False,):
+        for frugal in (False, True) if expands(self.bundle, component) else (False,):
             taken = onnx_memory(self.bundle, component, size, frugal)
             text = (self.run.chunks - 1) * taken.activations if more is None else more
             beside = taken.activations + taken.scratch + text

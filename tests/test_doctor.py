@@ -104,7 +104,10 @@ def made(target="coreml", weights="fp16", sizes=None, options=None, parts=(), me
         names = [f"{name}/{piece}/w.bin" for piece in pieces] or [f"{name}/model.onnx.data"]
         files |= {path: File(size // len(names), "0" * 64) for path in names}
         components[name] = dataclasses.replace(
-            real.components[name], parts=tuple(pieces), memory=(memory or {}).get(name, {})
+            real.components[name],
+            parts=tuple(pieces),
+            memory=(memory or {}).get(name, {}),
+            activations="fp32" if name in more.get("kept", ()) else "",
         )
     manifest = dataclasses.replace(
         real,
@@ -419,12 +422,7 @@ SMALL = {"text_encoder": 40 * MIB, "unet": 60 * MIB, "vae_decoder": 30 * MIB}
         ({"compute_units": "cpu_only"}, {}, "all", "asks for the CPU alone"),
         ({}, {"activations": "fp32"}, "unet", "computes in fp32, the Neural Engine in fp16"),
         ({}, {"weights": "p4g16"}, "all", "p4g16 needs iOS 18"),
-        (
-            {},
-            {"parity": {"notes": ["vae_decoder: 7e4 is reached: this component is kept in fp32"]}},
-            "vae_decoder",
-            "computes in fp32",
-        ),
+        ({}, {"kept": {"vae_decoder"}}, "vae_decoder", "computes in fp32"),
     ],
 )  # fmt: skip
 def test_what_would_leave_the_neural_engine(options, more, component, text):
@@ -449,8 +447,7 @@ def test_what_is_made_for_the_gpu_is_left_to_it():
 
 
 def test_what_no_conversion_mends_is_not_converted_again():
-    kept = {"notes": ["vae_decoder: 7e4 is reached: this component is kept in fp32"]}
-    found = examine(made(sizes=SMALL, options=IOS, parity=kept), "iphone-15-pro")
+    found = examine(made(sizes=SMALL, options=IOS, kept={"vae_decoder"}), "iphone-15-pro")
     assert [part.by_converting for part in found.off] == [False]
     assert found.instead == ()
     found = examine(made(sizes=SMALL, options=IOS, activations="fp32"), "iphone-15-pro")

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from PIL import Image  # noqa: E402
 
-from ferrotype import bundle, parity  # noqa: E402
+from ferrotype import bundle, kernels, parity  # noqa: E402
 from ferrotype.benchmarks.checkpoints import (  # noqa: E402
     SDXL,
     TINY_XL,
@@ -114,6 +114,35 @@ def test_it_draws_what_diffusers_draws(made, case):
     )
     found = ours(opened, seed, size=(width, height), guidance=guidance, negative=negative)
     assert parity.psnr(expected, found, peak=1.0) >= 60
+
+
+@pytest.fixture(scope="module")
+def native(made, tmp_path_factory):
+    """Both models for our own engine, in fp32."""
+    if not kernels.available():
+        pytest.skip("the native engine is not built")
+    out = tmp_path_factory.mktemp("native") / "zeros.ferro"
+    one = convert(made["zeros"][0], out, "native", "fp32")
+    for name, outputs in one.manifest.parity["components"].items():
+        assert all(output["psnr"] >= 80 for output in outputs.values()), name
+    other = dataclasses.replace(one.manifest, recipe=made["encoded"][1].manifest.recipe)
+    return {"zeros": one, "encoded": bundle.Bundle(one.folder, other)}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "wide" not in c])
+def test_the_native_engine_draws_what_diffusers_draws(made, native, case):
+    name, seed, (width, height), guidance, negative = CASES[case]
+    width, height = (16 * round(side / 16) for side in (width, height))
+    expected = original(
+        made[name][0],
+        seed,
+        height=height,
+        width=width,
+        guidance_scale=guidance,
+        negative_prompt=negative or None,
+    )
+    options = {"size": (width, height), "guidance": guidance, "negative": negative}
+    assert parity.psnr(expected, ours(native[name], seed, **options), peak=1.0) >= 60
 
 
 def test_from_a_picture_it_draws_what_diffusers_draws(made):

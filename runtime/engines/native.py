@@ -146,12 +146,12 @@ def open_files(bundle: Bundle, component: str) -> Files:
 
 def _open_files(bundle: Bundle, component: str) -> Files:
     spec = bundle.component(component)
-    folder, kind = bundle.path(spec.path), _activations(bundle)
+    folder, kind = bundle.path(spec.path), _activations(bundle, component)
     try:
         packed = models.weights(component, spec.config, spec.outputs)
     except GraphError as error:
         raise BundleError(f"{folder}: {error}") from None
-    places = read_index(folder, packed, bundle.manifest.precision.activations == INT8)
+    places = read_index(folder, packed, bundle.activations(component) == INT8)
     _check_types(folder, packed, places, kind)
     size = (folder / WEIGHTS).stat().st_size
     return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind)
@@ -384,8 +384,8 @@ def _require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
-def _activations(bundle: Bundle) -> Type:
-    name = bundle.manifest.precision.activations
+def _activations(bundle: Bundle, component: str) -> Type:
+    name = bundle.activations(component)
     kind = activation_type(name)
     if kind is None:
         raise BundleError(
