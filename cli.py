@@ -1091,7 +1091,8 @@ def describe(bundle: Bundle) -> str:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is no bundle and no picture, but can be a model's."""
     if path.is_dir():
-        return (path / "model_index.json").is_file() and not (path / "manifest.json").is_file()
+        bundle = (path / "manifest.json").is_file() or (path / "vae_decoder").is_dir()
+        return (path / "model_index.json").is_file() and not bundle
     if not path.is_file() or path.name == "manifest.json":
         return False
     with path.open("rb") as file:

@@ -237,6 +237,8 @@ def checkpoint_of(folder, tensors, component="unet", family="sd1", **config):
     return SimpleNamespace(
         weights={component: (folder / f"{component}.safetensors",)},
         stored={},
+        patches={},
+        clip_skip=0,
         family=family,
         configs={component: config},
     )
