@@ -114,7 +114,9 @@ def test_calls_of_a_pickle_are_refused_by_name_and_not_made(tmp_path, protocol, 
 
 
 @pytest.mark.parametrize(
-    "call", [eval, exec, getattr, __import__, open, pickle.loads, os.popen, np.load], ids=str
+    "call",
+    [eval, exec, getattr, __import__, open, pickle.loads, os.popen, np.load],
+    ids=lambda call: f"{call.__module__}.{call.__name__}",
 )
 def test_no_other_call_is_made_either(tmp_path, call):
     trace = tmp_path / "trace"
