@@ -174,12 +174,18 @@ def _open_folder(folder: Path) -> Checkpoint:
         )
     index = _read_json(folder / "model_index.json")
     names = _components(folder, index)
-    configs = {name: _read_json(folder / name / "config.json") for name in names}
+    made = _of_folder(folder, index, {name: name for name in names})
+    for tokenizer in made.tokenizers.values():
+        _check_tokenizer(tokenizer)
+    weights = {name: _weights(folder / name, stem) for name, (_, stem) in names.items()}
+    return dataclasses.replace(made, weights=weights)
+
+
+def _of_folder(folder: Path, index: dict, places: Mapping[str, str]) -> Checkpoint:
+    """What a folder's JSON says, without weights; `places` are of the components' configs."""
+    configs = {name: _read_json(folder / p / "config.json") for name, p in places.items()}
     xl = index["_class_name"] in XL_PIPELINES
     _check_configs(configs, xl)
-    tokenizers = {t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names}
-    for tokenizer in tokenizers.values():
-        _check_tokenizer(tokenizer)
     family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
     return Checkpoint(
         folder=folder,
@@ -187,10 +193,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         family="sdxl" if xl else family,
         license=_license(folder / "README.md"),
         configs=configs,
-        weights={name: _weights(folder / name, stem) for name, (_, stem) in names.items()},
+        weights={},
         scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
         model_index=index,
-        tokenizers=tokenizers,
+        tokenizers={t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in places},
     )
 
 
@@ -306,21 +312,7 @@ def open_exported(folder: Path) -> Checkpoint:
     index = _read_json(folder / "model_index.json")
     names = _components(folder, index)
     places = {name: "vae_decoder" if name == "vae" else name for name in names}
-    configs = {name: _read_json(folder / p / "config.json") for name, p in places.items()}
-    xl = index["_class_name"] in XL_PIPELINES
-    _check_configs(configs, xl)
-    family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
-    return Checkpoint(
-        folder=folder,
-        name=folder.resolve().name,
-        family="sdxl" if xl else family,
-        license=_license(folder / "README.md"),
-        configs=configs,
-        weights={},
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
-        model_index=index,
-        tokenizers={t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in names},
-    )
+    return _of_folder(folder, index, places)
 
 
 def check_unet(config: dict) -> None:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ferrotype.benchmarks.checkpoints import EMOJI
+from ferrotype.benchmarks.checkpoints import EMOJI, TINY, TINY_XL, write_checkpoint
 from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 
 
@@ -22,6 +22,20 @@ def plain(trained, tmp_path_factory):
     from ferrotype.convert import convert
 
     return convert(trained, tmp_path_factory.mktemp("plain") / "plain.ferro", "native").folder
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    """A tiny Stable Diffusion 1; its projections around attention are convolutions."""
+    torch = pytest.importorskip("torch")
+    return write_checkpoint(tmp_path_factory.mktemp("sd") / "sd", TINY, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """A tiny SDXL; its projections around attention are linear layers."""
+    torch = pytest.importorskip("torch")
+    return write_checkpoint(tmp_path_factory.mktemp("xl") / "xl", TINY_XL, torch.float32)
 
 
 @pytest.fixture

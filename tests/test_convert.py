@@ -13,7 +13,7 @@ from PIL import Image
 
 from ferrotype import bundle, parity
 from ferrotype.benchmarks.checkpoints import TINY, TINY_SD2, write_checkpoint
-from ferrotype.convert import ConvertError, convert, reference, stages, tokenizer
+from ferrotype.convert import ConvertError, convert, probes, stages, tokenizer
 from ferrotype.convert import onnx as onnx_export
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.recipe import from_checkpoint
@@ -283,12 +283,19 @@ def test_interrupting_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_fp16_that_would_overflow_is_refused_before_it_is_written(tmp_path, monkeypatch):
+def test_fp16_that_would_overflow_is_kept_in_fp32_and_said(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
     monkeypatch.setattr(parity, "FP16_MAX", 0.5)
-    with pytest.raises(ConvertError, match=r"layer .* reaches .*, fp16 ends at 0: use --act"):
-        convert(checkpoint, tmp_path / "out.ferro", activations="fp16")
-    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+    made = convert(checkpoint, tmp_path / "out.ferro", activations="fp16").manifest
+    assert {part.activations for part in made.components.values()} == {"fp32"}
+    dtypes = {
+        t.dtype for p in made.components.values() for t in (*p.inputs.values(), *p.outputs.values())
+    }
+    assert "float16" not in dtypes
+    for name in made.components:
+        told = [n for n in made.parity["notes"] if n.startswith(f"{name}: layer ")]
+        assert len(told) == 1
+        assert "fp16 ends at 0: this component is kept in fp32" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +357,7 @@ def checkpoint_with(scheduler, folder):
 
 
 def test_the_reference_is_short_but_of_the_recipe(tmp_path):
-    assert 1 <= reference.MAX_STEPS <= 20
+    assert 1 <= probes.MAX_STEPS <= 20
     report = bundle.load(EMBEDDED).manifest.parity["picture"]
     assert (report["sampler"], report["steps"], report["guidance"]) == ("lcm", 4, 1.0)
 

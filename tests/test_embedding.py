@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ferrotype import bundle, cli, kernels, parity
-from ferrotype.benchmarks.checkpoints import TINY, TINY_XL, write_checkpoint
+from ferrotype.benchmarks.checkpoints import TINY, write_checkpoint
 from ferrotype.convert import convert, embedding, modules, tokenizer
 from ferrotype.convert.checkpoint import CheckpointError, Tensors, open_checkpoint, source_hash
 from ferrotype.runtime.pipeline import EMBEDDED, Pipeline
@@ -19,16 +19,6 @@ torch = pytest.importorskip("torch")
 
 PROMPT = "a red <cat> on a sky blue background"
 TABLES = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("sd") / "sd", TINY, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("xl") / "xl", TINY_XL, torch.float32)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from ferrotype import cli
 from ferrotype.benchmarks.checkpoints import (
     SMALL,
     TINY,
-    TINY_XL,
     write_checkpoint,
     write_single,
 )
@@ -26,18 +25,6 @@ KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "l
 DOTTED = {"unet": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 CLOSE = 1e-6
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory):
-    """A tiny Stable Diffusion 1; its projections around attention are convolutions."""
-    return write_checkpoint(tmp_path_factory.mktemp("sd") / "sd", TINY, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    """A tiny SDXL; its projections around attention are linear layers."""
-    return write_checkpoint(tmp_path_factory.mktemp("xl") / "xl", TINY_XL, torch.float32)
 
 
 @pytest.fixture
