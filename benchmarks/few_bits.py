@@ -7,7 +7,7 @@ picture of each in a fresh process, with the kernel's high-water mark.  The fold
 bundles of the exact architecture (8 GB), which are made in a minute.
 
 --openvino: also OpenVINO with weights and activations in int8 by its quantizer, NNCF (10 GB more,
-and some ten minutes to make).  --onnx: also the memory of a U-Net on onnxruntime (10 GB, the same).
+and some ten minutes to make).  onnx_few_bits.py has the memory of a U-Net on onnxruntime.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def main() -> None:
             lines += [*rows, ""]
             missed += below
         lines += measure_memory(made)
-    report = "\n".join([*head(chosen.rounds), *lines])
+    options = ["--openvino"] if chosen.openvino else []
+    report = "\n".join([*head(chosen.rounds, options), *lines])
     (measure.RESULTS / "few_bits.md").write_text(report)
     print(report)
     if chosen.check and missed:
@@ -111,11 +112,11 @@ def prepare(folder: Path, name: str) -> Bundle:
     return bundles.load(out)
 
 
-def head(rounds: int) -> list[str]:
+def head(rounds: int, options: Sequence[str]) -> list[str]:
     return [
         "# Fewer bits: time and memory",
         "",
-        "`python benchmarks/few_bits.py --check`",
+        f"`python benchmarks/few_bits.py {' '.join(options)}`",
         "",
         f"{measure.describe()}; 2 threads.",
         "",

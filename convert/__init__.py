@@ -103,6 +103,11 @@ def convert(
                 f"{checkpoint} holds graphs that Optimum exported: they become an ONNX bundle as "
                 "they are; for another target or precision convert the checkpoint itself"
             )
+        if recipe or clip_skip or loras or embeddings:
+            raise OptionError(
+                f"{checkpoint} holds graphs that Optimum exported: a recipe, clip skip, LoRA and "
+                "embeddings are for checkpoints"
+            )
         return _import(checkpoint, out, every, name, licence, force, progress, original)
     if original is not None:
         raise OptionError(f"an original is for folders that Optimum exported, {checkpoint} is none")

@@ -241,6 +241,15 @@ def test_graphs_are_taken_as_they_are(exported, tmp_path):
     for options in ({"target": "native"}, {"weights": "w8"}, {"activations": "fp16"}):
         with pytest.raises(OptionError, match="for another target or precision"):
             convert(exported, tmp_path / "out.ferro", **options)
+    given = (
+        {"recipe": "lcm"},
+        {"clip_skip": 1},
+        {"loras": [("a", 1.0)]},
+        {"embeddings": [("a", None)]},
+    )
+    for options in given:
+        with pytest.raises(OptionError, match="are for checkpoints"):
+            convert(exported, tmp_path / "out.ferro", **options)
 
 
 def test_a_checkpoint_that_also_holds_graphs_is_a_checkpoint(folder):
