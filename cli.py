@@ -42,6 +42,7 @@ RECIPES = (
 )  # fmt: skip
 RNGS = ("torch", "numpy", "pcg64")
 TARGETS = ("onnx", "native", "coreml", "tensorrt")
+CHECKS = ("diffusers", "engine")
 ACTIVATIONS = ("fp32", "fp16", "bf16", "int8")
 DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
@@ -272,6 +273,11 @@ def with_options(options: Sequence[Any]) -> Any:
 @click.option(
     "--original", type=click.Path(path_type=Path), help="Compare Optimum's export with it."
 )
+@click.option(
+    "--check",
+    type=click.Choice(CHECKS),
+    help="Compare with.  Default: diffusers, if there.",
+)
 @click.option("--name", help="Name of the model.  Default: the checkpoint's own.")
 @click.option("--licence", help="Licence of the model.  Default: what its model card says.")
 @click.option("-f", "--force", is_flag=True, help="Replace a bundle of that name.")
@@ -279,7 +285,7 @@ def with_options(options: Sequence[Any]) -> Any:
 def convert(
     checkpoint, output, target, weights, activations, sizes, deployment, compute_units, attention,
     chunks, layout, compute_capability, weight_streaming, tokenizer, prediction, vaes, loras,
-    embeddings, recipe, clip_skip, original, name, licence, force, as_json,
+    embeddings, recipe, clip_skip, original, check, name, licence, force, as_json,
 ):  # fmt: skip
     """Convert CHECKPOINT to a bundle: a folder in the diffusers layout, or a file.
 
@@ -306,7 +312,14 @@ def convert(
         ferrotype convert stable-diffusion-v1-5/ --embedding "cat.safetensors:<cat>"
         ferrotype convert sdxl-lightning-4step/ --target native --recipe lightning-4
     """
-    from .convert import CoremlOptions, NativeOptions, OptionError, TensorrtOptions, stages
+    from .convert import (
+        CoremlOptions,
+        NativeOptions,
+        OptionError,
+        TensorrtOptions,
+        checked_with,
+        stages,
+    )  # fmt: skip
     from .convert import convert as convert_checkpoint
     from .convert.checkpoint import is_exported, open_checkpoint
 
@@ -342,13 +355,18 @@ def convert(
         opened = open_checkpoint(checkpoint, tokenizer, PREDICTIONS.get(prediction), vaes)
         label, encoders = opened.name, len(opened.tokenizers)
     output = output or Path(f"{label}.ferro")
-    with Progress("convert", stages(encoders, exported and original is None)) as progress:
+    try:
+        checked = checked_with(target, check)
+    except OptionError as error:
+        raise click.UsageError(printable(str(error))) from error
+    total = stages(encoders, exported and original is None, checked)
+    with Progress("convert", total) as progress:
         try:
             bundle = convert_checkpoint(
                 opened, output, target, read_weights(weights), activations, sizes, options,
                 name, licence, force, progress.stage, recipe, clip_skip or 0,
                 loras=[(path, 1.0 if weight is None else weight) for path, weight in loras],
-                embeddings=embeddings, original=original,
+                embeddings=embeddings, original=original, check=checked, written=progress.part,
             )  # fmt: skip
         except OptionError as error:
             raise click.UsageError(printable(str(error))) from error
@@ -1028,11 +1046,12 @@ class Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
-        parts = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        told = TextColumn("{task.description} {task.fields[bytes]}")
+        parts = (told, BarColumn(), TimeElapsedColumn())
         self._bar = Progress(
             *parts, console=console, transient=True, disable=not console.is_terminal
         )
-        self._task = self._bar.add_task(label, total=total)
+        self._task = self._bar.add_task(label, total=total, bytes="")
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -1043,10 +1062,14 @@ class Progress:
 
     def stage(self, label: str) -> None:
         """The next of `total` stages begins."""
-        self._bar.update(self._task, description=label, advance=1)
+        self._bar.update(self._task, description=label, advance=1, bytes="")
 
     def advance(self, count: int) -> None:
         self._bar.update(self._task, advance=count)
+
+    def part(self, done: int, total: int) -> None:
+        """So many bytes of the stage that is under way are done."""
+        self._bar.update(self._task, bytes=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
     def steps(self, run: Iterable[Step], label: str) -> Iterator[Step]:
         """Pass on the steps of a run, showing how many of them are done."""

@@ -33,7 +33,7 @@ from ferrotype.benchmarks.checkpoints import SD15, TINY, write_checkpoint
 from ferrotype.convert import CoremlOptions, coreml, mil, modules, onnx, tensorrt
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.convert.mlprogram import open_part
-from ferrotype.convert.modules import NORM_INPUT
+from ferrotype.convert.probes import NORM_INPUT
 from ferrotype.convert.wrappers import wrap
 from ferrotype.quantize.recipe import Recipe
 from ferrotype.runtime.engines.coreml import package_name

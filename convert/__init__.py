@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..bundle import Precision
 from ..quantize.recipe import UNQUANTIZED, Recipe
 from .checkpoint import ConvertError, OptionError, is_exported, open_exported
-from .options import CoremlOptions, NativeOptions, OptimumOptions, Options, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, OptimumOptions, Options, Request, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -41,6 +42,7 @@ TARGETS = {
     "coreml": ("fp16", "fp16"),
     "tensorrt": ("fp16", "fp16"),
 }
+CHECKS = ("diffusers", "engine")
 # Weights and activations that the native engine has kernels for.
 NATIVE = (
     ("bf16", "bf16"),
@@ -74,6 +76,8 @@ def convert(
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
     original: str | os.PathLike | None = None,
+    check: str | None = None,
+    written: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bundle:
     """Convert a checkpoint to a bundle at `out`, which exists only once it was compared.
 
@@ -90,7 +94,10 @@ def convert(
     it begins, `stages()` in all.  `loras` are files and how much each counts, merged in that order;
     `embeddings` are files of textual inversion and their tokens, None for the file's own.  A folder
     that Optimum exported becomes an ONNX bundle of its graphs, compared with the checkpoint
-    `original` if that is given.
+    `original` if that is given.  `check` says what the result is compared with: "diffusers", or for
+    the native target "engine", our own engine on the checkpoint's unrounded weights, which needs no
+    torch and little memory; by default diffusers where it is installed.  `written` is told how many
+    bytes of a native component are written, of how many.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
@@ -112,15 +119,29 @@ def convert(
     if original is not None:
         raise OptionError(f"an original is for folders that Optimum exported, {checkpoint} is none")
     stored, precision = _precision(target, weights, activations)
-    options = _options(target, options)
+    asked = Request(_options(target, options), stored, precision, every, recipe, progress, written)
     try:
-        from .build import build
+        if checked_with(target, check) == "engine":
+            from .streamed import build
+        else:
+            from .build import build
     except ModuleNotFoundError as error:
         raise _needs(error) from None
-    return build(
-        checkpoint, out, options, stored, precision, every, name, licence, force, progress, recipe,
-        clip_skip, loras, embeddings,
-    )  # fmt: skip
+    return build(checkpoint, out, asked, name, licence, force, clip_skip, loras, embeddings)
+
+
+def checked_with(target: str, check: str | None = None) -> str:
+    """What a conversion is compared with, diffusers or engine; raises OptionError."""
+    if check not in (None, *CHECKS):
+        raise OptionError(f"check {check!r} is not one of {', '.join(CHECKS)}")
+    if target != "native":
+        if check == "engine":
+            raise OptionError(f"--check engine is for the native target, not for {target}")
+        return "diffusers"
+    if check is None:
+        there = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+        return "diffusers" if there else "engine"
+    return check
 
 
 def _import(
@@ -150,7 +171,8 @@ def _import(
     graphs = optimum.inspect(exported)
     precision, sizes = optimum.precision_of(graphs), optimum.fixed_sizes(exported, graphs, sizes)
     options, recipe = OptimumOptions(graphs), Recipe.uniform("fp32")  # which nothing reads
-    return build(original, out, options, recipe, precision, sizes, name, licence, force, progress)
+    asked = Request(options, recipe, precision, sizes, progress=progress)
+    return build(original, out, asked, name, licence, force)
 
 
 def _needs(error: ModuleNotFoundError) -> ConvertError:
@@ -159,12 +181,14 @@ def _needs(error: ModuleNotFoundError) -> ConvertError:
     )
 
 
-def stages(encoders: int = 1, exported: bool = False) -> int:
+def stages(encoders: int = 1, exported: bool = False, check: str = "diffusers") -> int:
     """How many stages `progress` is told of, for a checkpoint with so many text encoders.
 
-    `exported`: for a folder of Optimum's that is not compared.
+    `exported`: for a folder of Optimum's that is not compared.  `check` as `checked_with` returns.
     """
-    return 6 + encoders if exported else 10 + 3 * encoders
+    if exported:
+        return 6 + encoders
+    return 12 + 3 * encoders if check == "engine" else 10 + 3 * encoders
 
 
 def _precision(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,155 +16,75 @@ import numpy as np
 
 from .. import bundle as bundles
 from .. import parity
-from .._version import __version__
-from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Source
-from ..quantize.recipe import Recipe as Weights
+from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest
 from ..runtime import check as checks
 from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
-from . import embedding, lora, modules, recipe, reference, tokenizer
-from .checkpoint import Checkpoint, ConvertError, open_checkpoint, skip_layers, source_hash
-from .ecosystem import write_ecosystem_files
-from .modules import NORM_INPUT
-from .options import (
-    CoremlOptions,
-    NativeOptions,
-    OptimumOptions,
-    Options,
-    TensorrtOptions,
-    picture_sizes,
-)
-from .probes import MAX_STEPS, OTHER_PROMPTS, PROMPT, SEED
+from . import modules, reference, tokenizer
+from .checkpoint import Checkpoint, ConvertError
+from .job import VAE_PARTS, Job, prepared
+from .options import OptimumOptions, Request
+from .probes import MAX_STEPS, NORM_INPUT, PROMPT, SEED
 from .reference import Reference, Run
-from .targets import (
-    Census,
-    CoremlTarget,
-    NativeTarget,
-    OnnxTarget,
-    OptimumTarget,
-    Target,
-    Task,
-    TensorrtTarget,
-    floors,
-)
+from .targets import Census, OnnxTarget
 
-Progress = Callable[[str], None]
-Size = tuple[int, int]
-VAE_PARTS = ("vae_decoder", "vae_encoder")
 WORST_LAYERS = 3  # of a component's census, named in the report
 
 
 def build(
     source: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
-    options: Options | None,
-    weights: Weights,
-    precision: Precision,
-    sizes: tuple[Size, ...],
+    asked: Request,
     name: str | None,
     licence: str | None,
     force: bool,
-    progress: Progress,
-    family: str | None = None,
     clip_skip: int = 0,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
-    """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
+    """Convert a checkpoint to a bundle, compared with diffusers; see `ferrotype.convert`."""
     modules.return_freed_memory()
     with modules.quiet(), bundles.staging(out, force) as staged:
-        opened = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
-        checkpoint = dataclasses.replace(
-            opened, name=name or opened.name, license=licence or opened.license
-        )
-        for path, weight in loras:
-            checkpoint = lora.merge(checkpoint, Path(path), weight)
-        for path, token in embeddings:
-            checkpoint = embedding.add(checkpoint, Path(path), token)
-        checkpoint = skip_layers(checkpoint, clip_skip)
-        job = _Job(checkpoint, staged, options, weights, precision, sizes, progress, family)
+        checkpoint = prepared(source, name, licence, clip_skip, loras, embeddings)
+        job = _Job(checkpoint, staged, asked)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
         components = job.measured(bundle)
         job.write_check()
-        progress("hash")
+        asked.progress("hash")
         manifest = dataclasses.replace(bundle.manifest, components=components, parity=report)
         return bundles.save(staged, out, manifest, force)
 
 
-class _Job:
-    """The state of one conversion: what was recorded so far, and where the files go."""
+class _Job(Job):
+    """A conversion that diffusers, in fp32, is the original of."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        staged: Path,
-        options: Options | None,
-        weights: Weights,
-        precision: Precision,
-        sizes: tuple[Size, ...],
-        progress: Progress,
-        family: str | None = None,
-    ) -> None:
-        self.floors = floors(weights, precision)
-        self.sizes = picture_sizes(checkpoint, sizes, options)
-        self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
-        self.options = options
-        self.progress = progress
-        self.recipe, notes = recipe.from_checkpoint(checkpoint, family)
-        self.notes = [*checkpoint.notes, *notes]
-        self.notes += [note for addition in checkpoint.additions for note in addition.notes]
-        self.prompts = (PROMPT, *OTHER_PROMPTS, *_new_tokens(checkpoint))
-        scale = checkpoint.vae_scale
-        latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
-        guided = self.recipe.guidance not in (0, 1)
-        width, height = self.sizes.default
-        default = (width // scale, height // scale)
-        task = Task(checkpoint, precision, weights, latents or None, guided, default)
-        self.target = _target(options, task)
+    def __init__(self, checkpoint: Checkpoint, staged: Path, asked: Request) -> None:
+        super().__init__(checkpoint, staged, asked)
         shortened = dataclasses.replace(self.recipe, steps=min(self.recipe.steps, MAX_STEPS))
-        others = tuple(size for size in sizes if size != self.sizes.default)
+        others = tuple(size for size in asked.sizes if size != self.sizes.default)
         self.reference = Reference(shortened, self.sizes.default, others)
 
     # --- recording and exporting ----------------------------------------------------------------
 
     def manifest(self) -> Manifest:
         """Record and export every component into the staged folder."""
-        self.encoders = [name for name in TEXT_ENCODERS if name in self.checkpoint.configs]
-        self.tokens = {
-            TEXT_ENCODERS[name]: tokenizer.write_tokenizer(self.checkpoint, self.staged, name)
-            for name in self.encoders
-        }
+        self.tokens = self.write_tokenizers()
         components = {
             **{name: self._text_encoder(name) for name in self.encoders},
             "unet": self._unet(),
             **self._vae(),
         }
-        write_ecosystem_files(self.checkpoint, self.staged)
-        return Manifest(
-            format=bundles.FORMAT,
-            tool=f"ferrotype {__version__}",
-            model=self.checkpoint.name,
-            family=self.checkpoint.family,
-            target=self.target.name,
-            licence=self.checkpoint.license,
-            source=Source(self.checkpoint.folder.resolve().name, source_hash(self.checkpoint)),
-            precision=self.precision,
-            sizes=self.sizes,
-            recipe=self.recipe,
-            preview=tuple(map(_three_digits, self.reference.preview)),
-            tokenizers=self.tokens,
-            components=components,
-            parity={},
-            options=self.target.options() | _told(self.checkpoint),
+        return self.assemble(
+            self.tokens, components, tuple(map(_three_digits, self.reference.preview))
         )
 
     def _text_encoder(self, name: str) -> Component:
         self.progress(f"record {name}")
         module = getattr(modules, name)(self.checkpoint)
         kind = TEXT_ENCODERS[name]
-        source = tokenizer.of(self.checkpoint, kind)
+        source = tokenizer.theirs(self.checkpoint, kind)
         length = self.tokens[kind].max_length
         tokens = [tokenizer.original_ids(source, prompt, length) for prompt in self.prompts]
         with modules.census(module) as census:
@@ -204,13 +124,10 @@ class _Job:
         self.reference.census[name] = census
         self.progress(f"export {name}")
         component = self.target.export(
-            name, module, self._config(name), self.staged / name, half, census
+            name, module, self.config(name), self.staged / name, half, census
         )
         gc.collect()
         return component
-
-    def _config(self, name: str) -> dict[str, Any]:
-        return self.checkpoint.configs["vae" if name in VAE_PARTS else name]
 
     def _check_census(self, name: str, census: Census) -> bool:
         """Whether the component can compute in fp16, if it should; refuses what is broken."""
@@ -225,16 +142,11 @@ class _Job:
         layer, (largest, _, _) = max(census.items(), key=lambda item: item[1][0])
         problem = f"layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
         if largest < parity.FP16_MAX:
-            if not self._upcast(name):
+            if not self.upcast(name):
                 return True
             problem = "its configuration says that fp16 overflows (force_upcast)"
         self.notes.append(f"{name}: {problem}: this component is kept in fp32")
         return False
-
-    def _upcast(self, name: str) -> bool:
-        """Whether diffusers itself computes a part in fp32: only for SDXL does it look."""
-        stated = name in VAE_PARTS and self._config(name).get("force_upcast")
-        return bool(stated) and self.checkpoint.family == "sdxl"
 
     # --- checking -------------------------------------------------------------------------------
 
@@ -247,6 +159,7 @@ class _Job:
         components = {name: self._check_component(bundle, name) for name in self.reference.runs}
         recipe = self.reference.recipe
         return {
+            "original": "diffusers",
             "floors": self.floors,
             "components": components,
             "picture": {
@@ -260,7 +173,7 @@ class _Job:
             },
             "census": {name: _worst(census) for name, census in self.reference.census.items()},
             **self.target.report(),
-            **_merged(self.checkpoint),
+            **self.merged(),
             "notes": self.notes,
         }
 
@@ -323,35 +236,6 @@ class _Job:
         return {"psnr": round(found, 2), "max_error": float(f"{difference:.3g}")}
 
 
-def _target(options: Options | None, task: Task) -> Target:
-    match options:
-        case CoremlOptions():
-            return CoremlTarget(task, options)
-        case TensorrtOptions():
-            return TensorrtTarget(task, options)
-        case NativeOptions():
-            return NativeTarget(task, options)
-        case OptimumOptions():
-            return OptimumTarget(task, options)
-        case _:
-            return OnnxTarget(task)
-
-
-def _new_tokens(checkpoint: Checkpoint) -> list[str]:
-    """A prompt for every embedding, so that its vectors are compared as well.
-
-    Each alone: diffusers would also spell out a name that is part of another.
-    """
-    tokens = dict.fromkeys(token for added in checkpoint.tokens.values() for token in added)
-    return [token for token in tokens if token.rpartition("_")[0] not in tokens]
-
-
-def _merged(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """The report's lines about files that are in the weights, if there are any."""
-    lines = [f"{a.text}, sha256 {bundles.hash_file(a.path)}" for a in checkpoint.additions]
-    return {"merged": lines} if lines else {}
-
-
 def _of_component(name: str, census: dict) -> Census:
     """The layers of one half of the VAE; of any other component, all."""
     if name not in VAE_PARTS:
@@ -373,11 +257,6 @@ def _worst(census: Census) -> list[dict[str, Any]]:
         }
         for layer, (largest, _, _) in ranked
     ]
-
-
-def _told(checkpoint: Checkpoint) -> dict[str, str]:
-    """What was asked of the checkpoint's networks, for the manifest."""
-    return {"clip_skip": str(checkpoint.clip_skip)} if checkpoint.clip_skip else {}
 
 
 def _three_digits(row: np.ndarray) -> tuple[float, float, float]:

@@ -156,7 +156,7 @@ def _check_tokens(
     path: Path, source: Any, added: tuple[str, ...], earlier: tuple[str, ...]
 ) -> None:
     """Refuse tokens that a tokenizer knows, in whatever case, and those that look like vectors."""
-    known = {token.lower() for token in source.get_vocab()}
+    known = {token.lower() for token in source.vocab()}
     others = {token.lower() for token in earlier}
     name, _, number = added[0].lower().rpartition("_")
     for token in (*added, f"{added[0]}_1"):

@@ -10,20 +10,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..runtime.models import TINY
 from .checkpoint import Checkpoint, CheckpointError, is_skipped, new_attention_name, tensors
-
-if TYPE_CHECKING:
-    pass
+from .probes import NORM_INPUT
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
-NORM_INPUT = " (input)"  # added to the name of a norm for what goes into it
 
 
 def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:

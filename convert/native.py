@@ -8,13 +8,16 @@ needed, and the same checkpoint gives the same bytes on every machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from .. import bundle as bundles
+from ..bundle import Tensor
 from ..kernels import LANES, Type
 from ..quantize.native import layout, packed_int4, to_int4, to_int8, together, write_index
+from ..runtime import models
 from ..runtime.engines.native import WEIGHTS
 from ..runtime.program import FEW_BITS, GROUP, STORED, TYPES, Packed, padded
 from .checkpoint import Checkpoint, CheckpointError, Tensors, is_skipped, new_attention_name
@@ -38,15 +41,18 @@ def write(
     folder: Path,
     weights: str,
     few_bits: Mapping[str, Type] | None = None,
+    written: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
     """Write weights.bin and weights.json; return how many values fp16 rounds to zero, by tensor.
 
     `weights` is what matrices are stored as, fp32, bf16 or fp16, and `few_bits` those, by name,
-    that are not.  Raises ConvertError, also for a tensor of the checkpoint that no request reads.
+    that are not.  `written` is told the bytes so far, and those in all.  Raises ConvertError, also
+    for a tensor of the checkpoint that no request reads.
     """
-    tensors = Tensors(checkpoint, _folder(component))
+    tensors = Tensors(checkpoint, folder_of(component))
     names = _names(checkpoint, component, requests, tensors)
     places = layout(requests, TYPES[weights], few_bits)
+    total = max(place.offset + place.bytes for place in places.values())
     lost: dict[str, int] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / WEIGHTS).open("wb") as file:
@@ -56,9 +62,38 @@ def write(
             arrays = (tensors[names[s]] for s in request.sources)
             for part in _parts(request, arrays, place.type, lost):
                 file.write(part.data)
+                written(file.tell(), total)
         size = file.tell()
     write_index(folder, requests, places, size)
     return lost
+
+
+def interface(
+    checkpoint: Checkpoint, component: str, latents: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and outputs as every target names them, float32 whatever is computed in.
+
+    `latents`, (width, height), is the only size that is taken; None leaves it open.
+    """
+    config, states = checkpoint.configs[folder_of(component)], checkpoint.family == "sdxl"
+    inputs, outputs = models.interface(component, config, states)
+    if component == "text_encoder_2" and checkpoint.clip_skip:  # its last layers stay
+        old = bundles.states_of(outputs)
+        layer = config["num_hidden_layers"] - 1 - checkpoint.clip_skip
+        outputs = {f"hidden_states.{layer}" if n == old else n: t for n, t in outputs.items()}
+    if latents is not None:
+        side = checkpoint.vae_scale
+        own = side if component == "vae_encoder" else 1
+        known: dict[int | str, int] = {}
+        for name, count in zip(("width", "height"), latents, strict=True):
+            known |= {name: own * count, f"{side} * {name}": side * count}
+            known[f"{name} // {side}"] = count
+        inputs, outputs = ({n: _fixed(t, known) for n, t in ts.items()} for ts in (inputs, outputs))
+    return inputs, outputs
+
+
+def _fixed(tensor: Tensor, known: dict[int | str, int]) -> Tensor:
+    return Tensor(tensor.dtype, tuple(known.get(n, n) for n in tensor.shape))
 
 
 def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndarray:
@@ -70,7 +105,7 @@ def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndar
 # --- names --------------------------------------------------------------------------------------
 
 
-def _folder(component: str) -> str:
+def folder_of(component: str) -> str:
     """The checkpoint's folder that holds a component."""
     return "vae" if component in PARTS else component
 

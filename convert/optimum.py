@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,15 +30,14 @@ from .. import parity
 from .._version import __version__
 from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Source, Tensor
 from ..runtime import check as checks
-from ..runtime.engines import Arrays, Engine, onnx_memory
+from ..runtime.engines import onnx_memory
 from ..runtime.engines.onnx import DTYPES, MODEL, OnnxEngine
-from ..runtime.pipeline import Pipeline
 from .checkpoint import Checkpoint, CheckpointError, ConvertError
 from .ecosystem import write_ecosystem_files
 from .onnx import interface, scrub, write
 from .options import picture_sizes
-from .probes import MAX_STEPS, OTHER_PROMPTS, PROMPT, SEED, colour_field, fit_preview
 from .recipe import from_checkpoint
+from .recorded import Recorder
 from .tokenizer import write_tokenizer
 
 Progress = Callable[[str], None]
@@ -47,7 +45,7 @@ Size = tuple[int, int]
 Interface = dict[str, dict[str, Any]]
 STORED = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
 MAX_GRAPH = (1 << 31) - 1  # bytes of model.onnx: protobuf holds no more
-FLAT = 1 / 255  # standard deviation of a picture in which nobody sees anything
+OVERFLOWS = ": the export overflows or is damaged; export it in fp32"
 NOTHING_COMPARED = (
     "nothing was compared: a folder of graphs has no original; name it with --original CHECKPOINT"
 )
@@ -107,14 +105,14 @@ def build(
             options=OPTIONS,
         )
         progress("draw")
-        run = _Run(Bundle(staged, manifest))
+        run = Recorder(Bundle(staged, manifest), opener=OnnxEngine, blame=OVERFLOWS)
         run.draw()
         checks.save(staged, run.recorded, run.picture)
-        manifest = dataclasses.replace(manifest, preview=run.preview)
+        manifest = dataclasses.replace(manifest, preview=run.preview_rows)
         progress("measure")
         memory = onnx_memory.measured(Bundle(staged, manifest))
         parts = {n: dataclasses.replace(p, memory=memory.get(n, {})) for n, p in components.items()}
-        report = run.report(precision, [NOTHING_COMPARED, *notes])
+        report = _report(run, precision, [NOTHING_COMPARED, *notes])
         progress("hash")
         manifest = dataclasses.replace(manifest, components=parts, parity=report)
         return bundles.save(staged, out, manifest, force)
@@ -382,100 +380,17 @@ def _to_number(graph: ir.Graph, name: str) -> None:
 # --- running ------------------------------------------------------------------------------------
 
 
-class _Run:
-    """What every component returned of a picture: counted, the first and the last call kept."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        self.recorded: dict[str, checks.Runs] = {}
-        self.census: dict[str, dict[str, parity.Census]] = {}
-        self.picture: np.ndarray = np.empty(0)
-        self.preview: tuple[tuple[float, float, float], ...] = ()
-        self.steps = min(bundle.manifest.recipe.steps, MAX_STEPS)
-
-    def open(self, bundle: Bundle, component: str) -> Engine:
-        engine = OnnxEngine(bundle, component)
-
-        def call(inputs: Arrays) -> Arrays:
-            outputs = engine(inputs)
-            self._keep(component, inputs, outputs)
-            return outputs
-
-        return call
-
-    def draw(self) -> None:
-        """Draw the fixed picture, then encode and decode it and one of all colours.
-
-        Raises ConvertError for NaN or Inf, and for a picture in which nothing is to be seen.
-        """
-        pipe = Pipeline(self.bundle, opener=self.open)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the length of our own prompts
-            for prompt in (PROMPT, *OTHER_PROMPTS):
-                pipe.encode(prompt)
-            *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.steps, force=True)
-        self.picture = pipe.decode_array(last.latents)
-        if self.picture.std() < FLAT:
-            raise ConvertError(
-                f"{PROMPT!r} is drawn as one flat colour: the export is damaged, or was made in a "
-                "type in which it overflows"
-            )
-        pipe.release()
-        self.preview = self._preview(last.latents)
-
-    def _preview(self, latents: np.ndarray) -> tuple[tuple[float, float, float], ...]:
-        factor = np.float32(self.bundle.component("vae_decoder").config["scaling_factor"])
-        drawn = (self.picture * 2 - 1).transpose(2, 0, 1)[None]
-        colours = colour_field(drawn.shape[3], drawn.shape[2])
-        encode = self.open(self.bundle, "vae_encoder")
-        mean, _ = (
-            np.split(encode({"sample": image})["latent_parameters"], 2, axis=1)[0]
-            for image in (colours, drawn)
-        )
-        del encode
-        self.open(self.bundle, "vae_decoder")({"latent_sample": mean})
-        scale = drawn.shape[3] // latents.shape[3]
-        rows = fit_preview([(mean * factor, colours), (latents, drawn)], scale)
-        return tuple((float(f"{r:.3g}"), float(f"{g:.3g}"), float(f"{b:.3g}")) for r, g, b in rows)
-
-    def _keep(self, component: str, inputs: Arrays, outputs: Arrays) -> None:
-        seen = self.census.setdefault(component, {})
-        for name, value in outputs.items():
-            found = parity.census(value)
-            if found.nan or found.inf:
-                raise ConvertError(
-                    f"{component} returns {found.nan} NaN and {found.inf} Inf in {name}: the "
-                    "export overflows or is damaged; export it in fp32"
-                )
-            largest = max(found.max_abs, seen[name].max_abs if name in seen else 0.0)
-            seen[name] = parity.Census(0, 0, largest)
-        runs = self.recorded.setdefault(component, [])
-        runs[1:] = [(_copies(inputs), _copies(outputs))] if runs else []
-        runs[:1] = runs[:1] or [(_copies(inputs), _copies(outputs))]
-
-    def report(self, precision: Precision, notes: list[str]) -> dict[str, Any]:
-        """The parity report of a conversion that compared nothing."""
-        recipe = self.bundle.manifest.recipe
-        return {
-            "floors": parity.floors(precision.weights, precision.activations),
-            "components": {
-                name: {output: parity.census_as_json(seen) for output, seen in outputs.items()}
-                for name, outputs in self.census.items()
-            },
-            "picture": {
-                "prompt": PROMPT,
-                "seed": SEED,
-                "size": list(self.bundle.manifest.sizes.default),
-                "sampler": recipe.sampler,
-                "steps": self.steps,
-                "guidance": recipe.guidance,
-            },
-            "notes": notes,
-        }
-
-
-def _copies(arrays: Arrays) -> Arrays:
-    return {name: np.array(value) for name, value in arrays.items()}
+def _report(run: Recorder, precision: Precision, notes: list[str]) -> dict[str, Any]:
+    """The parity report of a conversion that compared nothing."""
+    return {
+        "floors": parity.floors(precision.weights, precision.activations),
+        "components": {
+            name: {output: parity.census_as_json(seen) for output, seen in outputs.items()}
+            for name, outputs in run.census.items()
+        },
+        "picture": run.shown(),
+        "notes": notes,
+    }
 
 
 def _source_hash(exported: Checkpoint, graphs: dict[str, Graph]) -> str:

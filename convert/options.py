@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..bundle import Sizes
+from ..bundle import Precision, Sizes
+from ..quantize.recipe import Recipe
 from .checkpoint import Checkpoint, ConvertError
 
 if TYPE_CHECKING:
@@ -90,6 +92,23 @@ class OptimumOptions:
 
 
 Options = CoremlOptions | TensorrtOptions | NativeOptions | OptimumOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: how the checkpoint becomes a bundle.
+
+    `family` is of the recipe, by name.  `progress` is told of every stage, `written` how many bytes
+    of a component are written, of how many.
+    """
+
+    options: Options | None
+    weights: Recipe
+    precision: Precision
+    sizes: tuple[Size, ...]
+    family: str | None = None
+    progress: Callable[[str], None] = lambda stage: None
+    written: Callable[[int, int], None] = lambda done, total: None
 
 
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:

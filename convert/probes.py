@@ -8,6 +8,7 @@ PROMPT = "a red apple on a sky blue background"
 OTHER_PROMPTS = ("", "a photograph of an old fisherman's boat, sunset, 35 mm")
 SEED = 0
 MAX_STEPS = 8  # of the end-to-end run: every noise level of a long recipe is seldom worth minutes
+NORM_INPUT = " (input)"  # added to the name of a norm for what goes into it
 PATCHES = 6  # a side of the picture of all colours
 
 Pair = tuple[np.ndarray, np.ndarray]

@@ -1,10 +1,15 @@
-"""What differs between the targets: how a component is written, and what runs it for the check."""
+"""What differs between the targets: how a component is written, and what runs it for the check.
+
+What torch and the exporters are needed for imports them there: the native target needs neither.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +26,10 @@ from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
 from ..runtime.program import INT8, TYPES, activation_type
-from . import native, onnx, optimum
-from .blame import native_worst, worst
+from . import native
 from .checkpoint import Checkpoint, ConvertError
-from .modules import NORM_INPUT
 from .options import CoremlOptions, NativeOptions, OptimumOptions, TensorrtOptions
+from .probes import NORM_INPUT
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -45,6 +49,7 @@ class Task:
     sizes: tuple[Size, ...] | None
     guided: bool  # whether a step takes two passes
     default: Size
+    written: Callable[[int, int], None] = lambda done, total: None  # bytes of a component, in all
 
     def exception(self, half: bool) -> str:
         """What a component computes in if not in the precision's activations."""
@@ -94,6 +99,8 @@ class OnnxTarget:
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
+        from . import onnx
+
         sizes, precision, recipe = self.task.sizes, self.task.precision, self.task.recipe
         made = onnx.export(
             name,
@@ -112,6 +119,8 @@ class OnnxTarget:
         return OnnxEngine(bundle, name)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        from .blame import worst
+
         return _lost_in(*worst(name, module, bundle.path(name), inputs))
 
     def options(self) -> dict[str, str]:
@@ -141,6 +150,8 @@ class OptimumTarget(OnnxTarget):
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
+        from . import optimum
+
         for field in ("max_position_embeddings", "hidden_size", "block_out_channels"):
             found, original = self.graphs[name].config.get(field), config.get(field)
             if found != original:
@@ -154,6 +165,8 @@ class OptimumTarget(OnnxTarget):
         return ": is it another checkpoint's export, or damaged?"  # its layers have other names
 
     def options(self) -> dict[str, str]:
+        from . import optimum
+
         return optimum.OPTIONS
 
     def report(self) -> dict[str, Any]:
@@ -177,34 +190,56 @@ class NativeTarget:
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
         task = self.task
-        size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
-        taken, outputs = onnx.interface(name, module, size)  # float32 whatever it computes in
-        requests = models.weights(name, config, outputs)
-        few_bits, kept = packing.choose(name, requests, task.recipe)
-        self.kept[name] = Counter(kept.values())
         own = task.exception(half)
         plain, activations = task.precision.weights, own or task.precision.activations
         if task.recipe.least_bits:
             plain = UNQUANTIZED[activations]
-        lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
-        self.underflow.update(lost)
-        narrow = activations == INT8
-        places = packing.layout(requests, TYPES[plain], few_bits, narrow)
+        _, outputs = native.interface(task.checkpoint, name)
+        requests = models.weights(name, config, outputs)
+        few_bits, kept = packing.choose(name, requests, task.recipe)
+        self.kept[name] = Counter(kept.values())
+        places = packing.layout(requests, TYPES[plain], few_bits)
         matrices = [request for request in requests if request.is_matrix]
         self.names += [f"{name}/{source}" for r in matrices for source in r.sources]
         self.forms[name] = Counter(packing.NAMES[places[r.name].type] for r in matrices)
+        made, lost = self.pack(name, config, folder, plain, few_bits, activations)
+        self.underflow.update(lost)
+        return dataclasses.replace(made, activations=own)
+
+    def pack(
+        self,
+        name: str,
+        config: dict,
+        folder: Path,
+        plain: str,
+        few_bits: Mapping[str, Type],
+        activations: str,
+    ) -> tuple[Component, dict[str, int]]:
+        """Write a component, and what it takes to run it; also what fp16 rounds to zero.
+
+        Matrices are stored as `plain`, those in `few_bits` by name as that.
+        """
+        task = self.task
+        size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
+        taken, outputs = native.interface(task.checkpoint, name, size)
+        requests = models.weights(name, config, outputs)
+        lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits, task.written)
+        places = packing.layout(requests, TYPES[plain], few_bits, activations == INT8)
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
         shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
         kind = activation_type(activations) or Type.F32
         memory = packing.memory(name, config, outputs, shapes, places, kind)
-        arrays = _single(tensors(taken)), _single(tensors(outputs))
-        return Component(folder.name, config, *arrays, memory=memory, activations=own)
+        return Component(folder.name, config, taken, outputs, memory=memory), lost
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return NativeEngine(bundle, name, isa=self.chosen.isa)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        if module is None:  # without torch
+            return "; --check diffusers names the layer"
+        from .blame import native_worst
+
         return _lost_in(*native_worst(name, module, bundle, inputs))
 
     def options(self) -> dict[str, str]:
@@ -344,6 +379,8 @@ class TensorrtTarget:
         return OnnxEngine(bundle, name)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        from .blame import worst
+
         return _lost_in(*worst(name, module, bundle.path(name), inputs))
 
     def options(self) -> dict[str, str]:
@@ -406,14 +443,6 @@ def needs(package: str, extra: str) -> ConvertError:
 def tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     """The manifest's form of an export's interface."""
     return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
-
-
-def _single(interface: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The interface of an engine that takes one picture at a time."""
-    return {
-        name: Tensor(t.dtype, tuple(1 if n == "batch" else n for n in t.shape))
-        for name, t in interface.items()
-    }
 
 
 def floors(recipe: Recipe, precision: Precision) -> dict[str, float]:

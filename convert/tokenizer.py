@@ -6,7 +6,8 @@ import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import numpy as np
 
 from .. import bundle as bundles
 from .checkpoint import VOCABULARY, Checkpoint, ConvertError
+from .clip import END, SPECIAL, START, ClipTokenizer
 
 TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 SHIPPED = ("vocab.json", "merges.txt", "special_tokens_map.json")
-ENDS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def write_tokenizer(
@@ -39,7 +40,7 @@ def write_tokenizer(
         if (given / name).is_file() and given != out:
             shutil.copyfile(given / name, out / name)
     source = of(checkpoint, kind)
-    fast = source.backend_tokenizer.to_str(pretty=False)
+    fast = source.backend.to_str(pretty=False)
     (out / "tokenizer.json").write_text(fast + "\n", encoding="utf-8")
     length = checkpoint.configs[encoder]["max_position_embeddings"]
     _write_old_form(out)
@@ -51,24 +52,42 @@ def write_tokenizer(
     return bundles.Tokenizer(path=kind, max_length=length, pad_token=source.pad_token)
 
 
-def of(checkpoint: Checkpoint, kind: str) -> Any:
-    """transformers' own tokenizer of a checkpoint, new tokens too: what a check compares with."""
-    given, pad = checkpoint.tokenizers[kind], checkpoint.pads.get(kind)
+def of(checkpoint: Checkpoint, kind: str) -> ClipTokenizer:
+    """The tokenizer of a checkpoint, with its new tokens.
+
+    Raises ConvertError if its text encoder knows fewer tokens.
+    """
+    with _folder(checkpoint, kind) as folder:
+        found = ClipTokenizer(folder, checkpoint.pads.get(kind))
     encoder = next(name for name, k in bundles.TEXT_ENCODERS.items() if k == kind)
-    if given == VOCABULARY:
-        with tempfile.TemporaryDirectory() as folder:
-            _write_vocabulary(Path(folder))
-            found = original(Path(folder), pad)
-    else:
-        found = original(given, pad)
     known = checkpoint.configs[encoder].get("vocab_size", len(found))
     if len(found) > known:
         raise ConvertError(
             f"{kind} has {len(found):,} tokens, {encoder} knows {known:,}: give its own, "
             "--tokenizer FOLDER"
         )
+    found.add(checkpoint.tokens.get(kind, ()))
+    return found
+
+
+def theirs(checkpoint: Checkpoint, kind: str) -> Any:
+    """transformers' own tokenizer of a checkpoint, new tokens too: what a check compares with."""
+    with _folder(checkpoint, kind) as folder:
+        found = original(folder, checkpoint.pads.get(kind))
     found.add_tokens(list(checkpoint.tokens.get(kind, ())))
     return found
+
+
+@contextmanager
+def _folder(checkpoint: Checkpoint, kind: str) -> Iterator[Path]:
+    """Where the tokenizer's files are; CLIP's own are unpacked for so long."""
+    given = checkpoint.tokenizers[kind]
+    if given != VOCABULARY:
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write_vocabulary(Path(folder))
+        yield Path(folder)
 
 
 def original(folder: Path, pad: str | None = None) -> Any:
@@ -98,7 +117,7 @@ def _write_vocabulary(out: Path) -> None:
         merges = file.read().split("\n")[:-1]
     letters = list(_letters())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += [merge.replace(" ", "") for merge in merges] + list(ENDS)
+    tokens += [merge.replace(" ", "") for merge in merges] + [START, END]
     vocab = {token: i for i, token in enumerate(tokens)}
     text = json.dumps(vocab, ensure_ascii=False)
     (out / "vocab.json").write_text(text + "\n", encoding="utf-8")
@@ -117,10 +136,8 @@ def _letters() -> str:
     return "".join(map(chr, [*printed, *others]))
 
 
-def _write_special_tokens(out: Path, source: Any) -> None:
-    start, end = ENDS
-    special = {"bos_token": start, "eos_token": end, "unk_token": end}
-    special["pad_token"] = source.pad_token
+def _write_special_tokens(out: Path, source: ClipTokenizer) -> None:
+    special = SPECIAL | {"pad_token": source.pad_token}
     text = json.dumps(special, indent=1, ensure_ascii=False)
     (out / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8")
 
@@ -135,9 +152,9 @@ def _write_old_form(out: Path) -> None:
         merges.write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
 
 
-def _write_added(out: Path, source: Any, added: Sequence[str]) -> None:
+def _write_added(out: Path, source: ClipTokenizer, added: Sequence[str]) -> None:
     """New tokens for transformers 4: beside its configuration, or in there if that has others."""
-    known = source.added_tokens_decoder.items()
+    known = source.added().items()
     tokens = {i: token for i, token in known if token.content in added}
     config = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
     if "added_tokens_decoder" in config:
@@ -154,7 +171,7 @@ def _write_added(out: Path, source: Any, added: Sequence[str]) -> None:
         (out / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_config(given: Path, out: Path, source: Any, length: int) -> None:
+def _write_config(given: Path, out: Path, source: ClipTokenizer, length: int) -> None:
     """The checkpoint's tokenizer_config.json with the length that the graph takes.
 
     Other tools pad to model_max_length, whatever the text encoder reads.

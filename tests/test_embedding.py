@@ -132,7 +132,7 @@ def test_two_text_encoders_and_the_end_token(xl, tmp_path, rng):
         module = getattr(pipe, encoder)
         inner = getattr(module, "text_model", module)
         inner.eos_token_id = pipe.tokenizer.eos_token_id  # diffusers leaves the old way in place
-        source = tokenizer.of(checkpoint, TABLES[encoder])
+        source = tokenizer.theirs(checkpoint, TABLES[encoder])
         ids = torch.from_numpy(tokenizer.original_ids(source, PROMPT, 77))
         assert written(checkpoint, tmp_path / encoder, encoder)(PROMPT).ids.tolist() == ids.tolist()
         ours = getattr(modules, encoder)(checkpoint)
