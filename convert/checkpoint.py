@@ -352,10 +352,12 @@ def tensors(checkpoint: Checkpoint, component: str) -> Iterator[tuple[str, np.nd
 class Tensors(Mapping[str, np.ndarray]):
     """A component's tensors by name, in the order of the files; each is read when asked for.
 
-    Floats come as float32, with the checkpoint's patches.  Raises CheckpointError for NaN or Inf.
+    Floats come as float32, with the checkpoint's patches; with `halves`, what the file has in fp16
+    and nothing is merged into comes as that.  Raises CheckpointError for NaN or Inf.
     """
 
-    def __init__(self, checkpoint: Checkpoint, component: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, component: str, halves: bool = False) -> None:
+        self._halves = halves
         self._patches = checkpoint.patches.get(component, {})
         self._where: dict[str, Stored] = dict(checkpoint.stored.get(component, {}))
         if self._where:
@@ -373,8 +375,9 @@ class Tensors(Mapping[str, np.ndarray]):
         stored = self._where[name]
         if not stored.is_float and not name.endswith("position_ids"):
             raise CheckpointError(f"{stored.path}: {name} is {stored.dtype}; weights are floats")
-        values = base = read_finite(name, stored)
-        for patch in self._patches.get(name, ()):
+        patches = self._patches.get(name, ())
+        values = base = read_finite(name, stored, self._halves and not patches)
+        for patch in patches:
             values = patch(values, base)
         return values.astype(np.float32, copy=False) if values.dtype == np.float64 else values
 
@@ -396,10 +399,17 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._where[name]
 
 
-def read_finite(name: str, stored: Stored) -> np.ndarray:
-    """The tensor in memory, floats as float32; raises CheckpointError for NaN or Inf."""
-    values = read(stored)
-    finite = np.isfinite(values)
+def read_finite(name: str, stored: Stored, halves: bool = False) -> np.ndarray:
+    """The tensor in memory, floats as float32, or fp16 as it is if `halves`.
+
+    Raises CheckpointError for NaN or Inf.
+    """
+    values = read(stored, halves)
+    if values.dtype == np.float16:  # as numbers, numpy tests them one by one
+        exponents = values.view(np.uint16) & 0x7C00
+        finite = exponents != 0x7C00
+    else:
+        finite = np.isfinite(values)
     if not finite.all():
         bad = int(values.size - finite.sum())
         raise CheckpointError(

@@ -49,7 +49,7 @@ def write(
     that are not.  `written` is told the bytes so far, and those in all.  Raises ConvertError, also
     for a tensor of the checkpoint that no request reads.
     """
-    tensors = Tensors(checkpoint, folder_of(component))
+    tensors = Tensors(checkpoint, folder_of(component), halves=weights == "fp16")
     names = _names(checkpoint, component, requests, tensors)
     places = layout(requests, TYPES[weights], few_bits)
     total = max(place.offset + place.bytes for place in places.values())
@@ -154,7 +154,7 @@ def _is_ignored(checkpoint: Checkpoint, component: str, name: str) -> bool:
 
 
 def _panels(request: Packed, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """A tensor as float32 in the order of the file, a few outputs at a time.
+    """A tensor in the order of the file, a few outputs at a time; float32, or as `arrays` are.
 
     Of a matrix (blocks, taps, inputs, 16), of a table (rows, values), of a vector (values,).
     """
@@ -211,7 +211,7 @@ def _whole_blocks(outputs: np.ndarray) -> np.ndarray:
 
 def _take(source: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Those outputs of the source, zeros for -1."""
-    taken = np.zeros((len(order), *source.shape[1:]), np.float32)
+    taken = np.zeros((len(order), *source.shape[1:]), source.dtype)
     taken[order >= 0] = source[order[order >= 0]]
     return taken
 
@@ -239,7 +239,7 @@ def _blocks(filters: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
 
 def _pad_inputs(values: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
     """The last axis, of several sources side by side, each filled up to whole blocks."""
-    filled = np.zeros((*values.shape[:-1], sum(map(padded, inputs))), np.float32)
+    filled = np.zeros((*values.shape[:-1], sum(map(padded, inputs))), values.dtype)
     source = target = 0
     for count in inputs:
         filled[..., target : target + count] = values[..., source : source + count]
@@ -283,6 +283,8 @@ def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> n
     if kind is Type.F32:
         return np.ascontiguousarray(panel, "<f4")
     if kind is Type.F16:
+        if panel.dtype == np.float16:
+            return np.ascontiguousarray(panel, "<f2")
         zeros: dict[str, int] = {}
         half = to_half(name, panel, zeros)
         if zeros:

@@ -66,7 +66,11 @@ class Recorder(Pipeline):
                 "or computes in a type in which it overflows"
             )
         self.preview_rows = self._fitted(last.latents)
-        self.release()
+        self.close()
+
+    def close(self) -> None:
+        """Give back the memory of components and of what they compute in."""
+        self._make_room()
 
     def repeat(self, component: str, inputs: Arrays) -> Arrays:
         """Run one component on inputs that another bundle's took."""

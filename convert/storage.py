@@ -83,13 +83,16 @@ class Stored:
         return dataclasses.replace(self, shape=self.shape[:2], strides=strides)
 
 
-def read(stored: Stored) -> np.ndarray:
-    """The tensor in memory, floats as float32.
+def read(stored: Stored, halves: bool = False) -> np.ndarray:
+    """The tensor in memory, floats as float32, or fp16 as it is if `halves`.
 
     It is mapped anew each time, so that pages of one do not stay while the next is read.
     """
     raw = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.bytes,))
-    values = DECODERS[stored.dtype](np.asarray(raw))
+    if halves and stored.dtype == "F16":
+        values = np.array(raw.view("<f2"))
+    else:
+        values = DECODERS[stored.dtype](np.asarray(raw))
     if stored.strides is not None:
         steps = [step * values.itemsize for step in stored.strides]
         values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, stored.shape, steps))

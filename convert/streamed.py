@@ -170,6 +170,7 @@ class _Job(Job):
         made = Recorder(Bundle(bundle.folder, manifest), size=original.size, budget=original.budget)
         runs = original.recorded[name]
         found = [made.repeat(name, inputs) for inputs, _ in runs]
+        made.close()
         return {
             output: parity.as_json(
                 parity.compare([out[output] for _, out in runs], [out[output] for out in found])
@@ -183,6 +184,7 @@ class _Job(Job):
         count = original.step_count
         *_, last = pipe.steps(PROMPT, seed=SEED, steps=count, size=original.size, force=True)
         picture = pipe.decode_array(last.latents)
+        pipe.close()
         found = parity.psnr(original.picture, picture, peak=1.0)
         parity.check("the picture", found, self.floors["picture"])
         difference = float(f"{np.abs(picture - original.picture).max():.3g}")
