@@ -10,6 +10,7 @@ import mmap
 import struct
 from pathlib import Path
 
+from . import ggml
 from .errors import CheckpointError
 from .storage import Stored, block
 
@@ -26,9 +27,7 @@ TYPES = {  # number -> our name; a name that is not in KINDS is refused by it
     17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
     23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16",
 }  # fmt: skip
-KINDS = (
-    "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "I8", "I16", "I32", "I64",
-)  # fmt: skip
+KINDS = ("F32", "F16", "BF16", "F64", *ggml.LAYOUTS, "I8", "I16", "I32", "I64")
 
 
 def open_gguf(path: Path) -> dict[str, Stored]:

@@ -47,6 +47,7 @@ Size = tuple[int, int]
 Interface = dict[str, dict[str, Any]]
 STORED = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
 MAX_GRAPH = (1 << 31) - 1  # bytes of model.onnx: protobuf holds no more
+STATES = ("hidden_states.", "last_hidden_state")  # what such outputs' names begin with
 FLAT = 1 / 255  # standard deviation of a picture in which nobody sees anything
 NOTHING_COMPARED = (
     "nothing was compared: a folder of graphs has no original; name it with --original CHECKPOINT"
@@ -346,11 +347,16 @@ def _stored(path: Path, proto: onnx.ModelProto) -> str:
 
 
 def import_graph(graph: Graph, folder: Path, precision: Precision) -> Component:
-    """Write a graph with its weights beside it, without what no host reads."""
+    """Write a graph with its weights beside it, without what nobody reads.
+
+    All states of a text encoder of SDXL's stay: Optimum's own pipelines ask for every one.
+    """
     model = ir.load(graph.path)
     outputs = model.graph.outputs
+    kept = STATES if bundles.states_of(graph.outputs).startswith("hidden_states") else ()
     for value in [value for value in outputs if value.name not in graph.outputs]:
-        outputs.remove(value)
+        if not str(value.name).startswith(kept):
+            outputs.remove(value)
     if "timestep" in graph.inputs:
         _to_number(model.graph, "timestep")
     RemoveUnusedNodesPass()(model)

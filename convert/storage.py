@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import ggml
 from .errors import CheckpointError
 
 DTYPES = {  # safetensors' names -> numpy's
@@ -89,7 +90,8 @@ def read(stored: Stored) -> np.ndarray:
     It is mapped anew each time, so that pages of one do not stay while the next is read.
     """
     raw = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.bytes,))
-    values = DECODERS[stored.dtype](np.asarray(raw))
+    with np.errstate(over="ignore", invalid="ignore"):  # found and named by who reads them
+        values = DECODERS[stored.dtype](np.asarray(raw))
     if stored.strides is not None:
         steps = [step * values.itemsize for step in stored.strides]
         values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, stored.shape, steps))
@@ -187,61 +189,9 @@ def _from_bf16(raw: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
-# GGUF's blocks of 32 values: fp16 scales (and minima) first, then whole numbers.  Of 4 bits and the
-# low ones of 5, byte i holds values i and i + 16; the fifth bits are one uint32.
-
-BLOCKS = {  # type -> values in a block, its bytes
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-}
-
-
-def _halves(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 2 n) bytes to (blocks, n) float32 of fp16."""
-    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
-
-
-def _nibbles(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 16) bytes to (blocks, 32) whole numbers, 0 to 15."""
-    return np.concatenate([raw & 15, raw >> 4], axis=1)
-
-
-def _fifth_bits(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 4) bytes to (blocks, 32), each 0 or 16."""
-    return np.unpackbits(np.ascontiguousarray(raw), axis=1, bitorder="little") << 4
-
-
-def _q8_0(raw: np.ndarray) -> np.ndarray:
-    blocks = raw.reshape(-1, 34)
-    numbers = blocks[:, 2:].view(np.int8)
-    return (numbers * _halves(blocks[:, :2])).reshape(-1)
-
-
-def _four_or_five(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    size = BLOCKS[kind][1]
-    five, minimum = kind.startswith("Q5"), kind.endswith("_1")
-    head = 4 if minimum else 2  # bytes of the scale and the minimum
-
-    def decode(raw: np.ndarray) -> np.ndarray:
-        blocks = raw.reshape(-1, size)
-        numbers = _nibbles(blocks[:, size - 16 :])
-        if five:
-            numbers = numbers | _fifth_bits(blocks[:, head : head + 4])
-        scales = _halves(blocks[:, :head])
-        if minimum:
-            return (numbers * scales[:, :1] + scales[:, 1:]).reshape(-1)
-        middle = np.float32(16 if five else 8)
-        return ((numbers - middle) * scales).reshape(-1)
-
-    return decode
-
-
+BLOCKS = {kind: (layout.values, layout.bytes) for kind, layout in ggml.LAYOUTS.items()}
 DECODERS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     **{dtype: _plain(dtype) for dtype in DTYPES},
     "BF16": _from_bf16,
-    "Q8_0": _q8_0,
-    **{kind: _four_or_five(kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")},
+    **{kind: layout.decode for kind, layout in ggml.LAYOUTS.items()},
 }

@@ -7,12 +7,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from ferrotype.benchmarks.checkpoints import SMALL, write_single
-from ferrotype.convert.checkpoint import CheckpointError, open_checkpoint, tensors
-from ferrotype.convert.gguf import KINDS, open_gguf
-from ferrotype.convert.storage import read
+from ferrotype.convert.checkpoint import CheckpointError, open_checkpoint, read_finite, tensors
+from ferrotype.convert.gguf import KINDS, TYPES, open_gguf
+from ferrotype.convert.storage import block, read
 
 gguf = pytest.importorskip("gguf")
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+K_QUANTS = {  # which the gguf package cannot write -> bytes of their fp16 factors in a block
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 PLAIN = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I16": np.int16,
     "I32": np.int32, "I64": np.int64,
@@ -51,11 +54,63 @@ def test_quantized_types_are_expanded_as_ggml_does(tmp_path, kind):
     assert (stored.dtype, stored.shape) == (kind, values.shape)
     found = read(stored)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found, expected)
     assert np.abs(found - values).max() < 0.6
     np.testing.assert_array_equal(read(stored.rows(2, 5)), found[2:5])
     matrix = open_gguf(written(tmp_path / "m.gguf", {"w": values[:, 0]}, {"w": kind}))["w"]
     np.testing.assert_array_equal(read(matrix.transposed()), found[:, 0].T)
+
+
+def random_blocks(kind, *shape):
+    """Blocks of arbitrary bits whose factors are finite: (*shape, bytes of a row)."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    rng = np.random.default_rng()
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // values, size), np.uint8)
+    for place in K_QUANTS[kind]:
+        factors = rng.normal(size=blocks.shape[:-1]).astype("<f2")
+        blocks[..., place : place + 2] = factors[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants_are_expanded_as_ggml_does_to_the_bit(tmp_path, kind):
+    rows = random_blocks(kind, 6, 512)
+    ggml = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "sd")
+    writer.add_tensor("w", rows, raw_dtype=ggml)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stored = open_gguf(tmp_path / "x.gguf")["w"]
+    assert (stored.dtype, stored.shape) == (kind, (6, 512))
+    expected = gguf.quants.dequantize(rows, ggml)
+    np.testing.assert_array_equal(read(stored), expected)
+    np.testing.assert_array_equal(read(stored.rows(2, 5)), expected[2:5])
+    np.testing.assert_array_equal(read(stored.transposed()), expected.T)
+
+
+def test_q8_k_is_a_factor_and_whole_numbers(tmp_path):
+    """ggml's own intermediate: a float32, 256 int8, and sums that nobody needs."""
+    rng = np.random.default_rng()
+    factors = rng.normal(size=(3, 2, 1)).astype("<f4")
+    numbers = rng.integers(-128, 128, (3, 2, 256), np.int8)
+    sums = np.full((3, 2, 32), 255, np.uint8)
+    blocks = np.concatenate([factors.view(np.uint8), numbers.view(np.uint8), sums], axis=2)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(file(row(shape=(512, 3), kind=15), data=blocks.tobytes()))
+    np.testing.assert_array_equal(read(open_gguf(path)["w"]), (factors * numbers).reshape(3, 512))
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *K_QUANTS, "Q8_K", "F64"])
+def test_factors_that_are_no_numbers_are_told_without_a_warning(tmp_path, kind):
+    number = {name: n for n, name in TYPES.items()}[kind]
+    values, size = block(kind)
+    data = np.full(size, 0xFF, np.uint8) if kind != "F64" else np.array([1e300])
+    path = tmp_path / "x.gguf"
+    path.write_bytes(file(row(shape=(values,), kind=number), data=data.tobytes()))
+    with pytest.raises(CheckpointError, match="w has [0-9]+ NaN or Inf of"):
+        read_finite("w", open_gguf(path)["w"])
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -134,7 +189,8 @@ DAMAGED = {
     "a name of exabytes": (file(struct.pack("<Q", 1 << 62)), "bytes at"),
     "rank": (file(row(shape=(1,) * 9)), "w has 9 dimensions"),
     "empty": (file(row(shape=(4, 0))), "w is empty"),
-    "k-quants": (file(row(shape=(256,), kind=12)), "w is Q4_K; supported are F32"),
+    "few bits by a codebook": (file(row(shape=(256,), kind=23)), "w is IQ4_XS; supported are F32"),
+    "half a superblock": (file(row(shape=(128,), kind=12)), "rows of 128, no multiple of 256"),
     "unknown type": (file(row(kind=99)), "w is type 99"),
     "half a block": (file(row(shape=(40,), kind=8)), "rows of 40, no multiple of 32"),
     "alignment": (
@@ -164,4 +220,4 @@ def test_a_damaged_file_is_refused_by_its_header(tmp_path, data, said):
 
 
 def test_every_supported_type_was_tried():
-    assert {*QUANTIZED, *PLAIN, "BF16"} == set(KINDS)
+    assert {*QUANTIZED, *K_QUANTS, "Q8_K", *PLAIN, "BF16"} == set(KINDS)
