@@ -1,6 +1,6 @@
 """GGML's quantized types: blocks of a few bits and their scales, expanded to float32.
 
-Every function takes rows of uint8, one row a block.  Numbers lie in bit planes: a run of bytes holds
+Every function takes rows of uint8, one row a block.  Numbers lie in bit planes: a run of bytes has
 the first values in its lowest bits, then as many in the next ones.
 """
 
@@ -92,8 +92,8 @@ def _q3_k(blocks: np.ndarray) -> Scales:
 def _q4_k(blocks: np.ndarray) -> Scales:
     """8 groups of 6 bits, factors and minima.
 
-    The first four are whole in 4 bytes each, whose top bits belong to the last four; the low bits of
-    those are in 4 more bytes.
+    The first four are whole in 4 bytes each, whose top bits belong to the last four; the low bits
+    of those are in 4 more bytes.
     """
     sums, rest = [], blocks[:, 12:16]
     for i, low in enumerate((rest & 15, rest >> 4)):

@@ -30,7 +30,10 @@ DTYPES = {  # safetensors' names -> numpy's
     "BOOL": "<u1",
 }
 WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_HEADER = 16 << 20  # bytes; the metadata of LoRA has megabytes, names and places far less
+MAX_CONTAINERS = 500_000  # objects and lists in a header or an index: three for every tensor
+MAX_RANK = 8
+MAX_NUMBER = 1 << 62  # of a shape or a place; products of longer ones take their time
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,19 @@ def _header(path: Path) -> tuple[dict[str, dict], object, int]:
             )
         text = file.read(length)
     try:
+        check_containers(text)
         header = json.loads(text, object_pairs_hook=_no_duplicates)
         metadata = header.pop("__metadata__", None)
         _check_entries(header, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors header: {error}") from error
     return header, metadata, 8 + length
+
+
+def check_containers(text: bytes) -> None:
+    """Raise ValueError for JSON of more objects and lists than take a moment to make."""
+    if (count := text.count(b"{") + text.count(b"[")) > MAX_CONTAINERS:
+        raise ValueError(f"it has {count:,} objects and lists, the limit is {MAX_CONTAINERS:,}")
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -156,12 +166,18 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 def _check_entries(header: dict, data_bytes: int) -> None:
     """The tensors must cover the data exactly: no overlap, no hole, nothing outside."""
     position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in header.items():
         first, last = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is {entry['dtype']}; supported are {', '.join(DTYPES)}")
-        if any(type(n) is not int or n < 0 for n in (first, last, *entry["shape"])):
+        if len(entry["shape"]) > MAX_RANK:
+            raise ValueError(f"{name} has {len(entry['shape']):,} dimensions")
+        if any(
+            type(n) is not int or not 0 <= n <= MAX_NUMBER for n in (first, last, *entry["shape"])
+        ):
             raise ValueError(f"{name} has a shape or an offset that is not a whole number")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
         size = math.prod(entry["shape"]) * np.dtype(DTYPES[entry["dtype"]]).itemsize
         if size == 0:
             raise ValueError(f"{name} is empty")

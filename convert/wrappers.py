@@ -58,7 +58,7 @@ def spare_outputs(component: str, config: Any) -> list[str]:
     """Outputs that only other tools look for, after those of the interface; usually none.
 
     Optimum's pipelines take the state before every layer of SDXL's text encoders, and tell by the
-    dimensions of what is left whether that is the pooled state: so the first returns its last twice.
+    dimensions of the rest whether that is the pooled state: so the first returns its last twice.
     """
     if component not in TEXT_ENCODERS or not config.output_hidden_states:
         return []

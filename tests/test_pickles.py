@@ -211,7 +211,7 @@ def test_archives_that_are_no_checkpoint_are_refused(tmp_path):
         archive.writestr("archive/data.pkl", bytes(1 << 24))
     assert "is compressed" in refused(path)
     zipped(path, bytes(5 << 20))
-    assert "an entry of 5,242,880 bytes, the limit is 4,194,304" in refused(path)
+    assert "an entry of 5,242,880 bytes, the limit is 2,097,152" in refused(path)
     zipped(path, described(), data_0=DATA, byteorder="big")
     assert "the byte order is b'big'" in refused(path)
     whole = zipped(path, described(), data_0=DATA).read_bytes()
