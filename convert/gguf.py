@@ -85,8 +85,9 @@ class _Header:
             raise ValueError(f"{name} is {dtype}; supported are {', '.join(KINDS)}")
         if math.prod(shape) == 0:
             raise ValueError(f"{name} is empty")
-        if (shape or (1,))[-1] % block(dtype)[0]:
-            raise ValueError(f"{name} has rows of {shape[-1]:,}, no multiple of {block(dtype)[0]}")
+        last, together = (shape or (1,))[-1], block(dtype)[0]
+        if last % together:
+            raise ValueError(f"{name} has rows of {last:,}, no multiple of {together}")
         return name, shape, dtype, offset
 
     def metadata(self) -> None:

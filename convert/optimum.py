@@ -16,6 +16,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ Size = tuple[int, int]
 Interface = dict[str, dict[str, Any]]
 STORED = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
 MAX_GRAPH = (1 << 31) - 1  # bytes of model.onnx: protobuf holds no more
+ENDLESS = ("Loop", "Scan")
 STATES = ("hidden_states.", "last_hidden_state")  # what such outputs' names begin with
 FLAT = 1 / 255  # standard deviation of a picture in which nobody sees anything
 NOTHING_COMPARED = (
@@ -209,16 +211,29 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise CheckpointError(f"{path} is missing: export the whole pipeline, with its task")
     if (size := path.stat().st_size) > MAX_GRAPH:
         raise CheckpointError(f"{path} has {size:,} bytes, a graph at most {MAX_GRAPH:,}")
-    try:
+    with _sound(path):
         proto = onnx.load(path, load_external_data=False)
         _check_external(proto, path)
         onnx.checker.check_model(str(path))
+    for node in _nodes(proto):
+        if node.op_type in ENDLESS:
+            raise CheckpointError(
+                f"{path}: {node.name or 'a node'} is a {node.op_type}, which may never end and "
+                "which no export of a diffusion model has"
+            )
+    return proto
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """What libraries raise for a damaged graph, in one line."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # protobuf's and the checker's own errors share no base class
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path} is no sound ONNX graph: {line}") from None
-    return proto
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
@@ -260,13 +275,22 @@ def _check_place(tensor: onnx.TensorProto, path: Path) -> None:
 
 def _inner_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Tensors in attributes of nodes, and everything in graphs within nodes."""
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for attribute in nodes.pop().attribute:
+    for node in _nodes(proto):
+        for attribute in node.attribute:
             yield attribute.t
             yield from attribute.tensors
             for graph in (attribute.g, *attribute.graphs):
                 yield from graph.initializer
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, also of functions and of graphs within nodes."""
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
                 nodes.extend(graph.node)
 
 
@@ -351,7 +375,8 @@ def import_graph(graph: Graph, folder: Path, precision: Precision) -> Component:
 
     All states of a text encoder of SDXL's stay: Optimum's own pipelines ask for every one.
     """
-    model = ir.load(graph.path)
+    with _sound(graph.path):
+        model = ir.load(graph.path)
     outputs = model.graph.outputs
     kept = STATES if bundles.states_of(graph.outputs).startswith("hidden_states") else ()
     for value in [value for value in outputs if value.name not in graph.outputs]:
@@ -359,10 +384,11 @@ def import_graph(graph: Graph, folder: Path, precision: Precision) -> Component:
             outputs.remove(value)
     if "timestep" in graph.inputs:
         _to_number(model.graph, "timestep")
-    RemoveUnusedNodesPass()(model)
-    scrub(model)
     folder.mkdir()
-    write(model, folder)
+    with _sound(graph.path):
+        RemoveUnusedNodesPass()(model)
+        scrub(model)
+        write(model, folder)
     text = json.dumps(graph.config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     onnx.checker.check_model(str(folder / MODEL))

@@ -181,7 +181,7 @@ def _entries(path: Path) -> dict[str, Entry]:
                 if info.filename in entries:
                     raise ValueError(f"{info.filename} occurs twice")
                 entries[info.filename] = _entry(file, info, size)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
         raise CheckpointError(f"{path}: not a checkpoint of torch: {error}") from None
     return entries
 

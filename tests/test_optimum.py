@@ -168,6 +168,7 @@ HOSTILE = {  # component, edit, what is said
     "a batch of 2": ("unet", fix(batch=2), "--batch_size 1"),
     "one side": ("vae_decoder", fix(height=16), "fixes one side"),
     "other channels": ("unet", lambda g: fix_channels(g), "sample is of (any, 9"),
+    "a loop": ("unet", lambda g: g.node.append(helper.make_node("Loop", [], [])), "may never end"),
     "quantized": ("unet", in_bytes, "weights of int8"),
 }
 
