@@ -38,7 +38,7 @@ from ..runtime.pipeline import Pipeline
 from .checkpoint import Checkpoint, CheckpointError, ConvertError
 from .ecosystem import write_ecosystem_files
 from .onnx import interface, scrub, write
-from .options import picture_sizes
+from .options import OptimumOptions, picture_sizes
 from .probes import MAX_STEPS, OTHER_PROMPTS, PROMPT, SEED, colour_field, fit_preview
 from .recipe import from_checkpoint
 from .tokenizer import write_tokenizer
@@ -82,7 +82,7 @@ def build(
     """Write the bundle of an exported folder; see `ferrotype.convert`."""
     graphs = inspect(exported)
     precision = precision_of(graphs)
-    made_for = picture_sizes(exported, fixed_sizes(exported, graphs, sizes), None)
+    made_for = picture_sizes(exported, fixed_sizes(exported, graphs, sizes), OptimumOptions(graphs))
     recipe, notes = from_checkpoint(exported)
     with bundles.staging(out, force) as staged:
         encoders = [name for name in TEXT_ENCODERS if name in graphs]
