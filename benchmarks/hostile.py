@@ -83,7 +83,7 @@ def main() -> None:
 
 def files(folder: Path) -> dict[str, Path]:
     """Every file and folder to convert, by what it is."""
-    made = {}
+    made: dict[str, Path] = {}
     for (file, name), (content, _) in hostile.corpus().items():
         place = folder / f"{len(made)}"
         place.mkdir()
@@ -141,7 +141,7 @@ EDITS: dict[str, tuple[str, Any]] = {  # of a folder in diffusers layout: file, 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """Checkpoints that are sound but for one thing."""
     sd1, xl = (load_file(write_single(folder / f"{n}.st", SMALL[n])) for n in ("sd1", "sdxl"))
-    made = {}
+    made: dict[str, Path] = {}
     for name, change in CHANGES.items():
         made[name] = folder / f"{name}.safetensors"
         save_file({n: np.ascontiguousarray(a) for n, a in change(sd1, xl).items()}, made[name])

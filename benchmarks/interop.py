@@ -176,7 +176,7 @@ def random_xl(folder: Path) -> Path:
 
 def converted(checkpoints: dict[str, Path], folder: Path) -> list[Pair]:
     """A fresh bundle of every checkpoint at every precision, which Optimum opens as it is."""
-    pairs = []
+    pairs: list[Pair] = []
     for name, checkpoint in checkpoints.items():
         for form, options in FORMS.items():
             bundle = folder / f"ours-{len(pairs)}.ferro"
@@ -191,7 +191,7 @@ def exported(python: Path, checkpoints: dict[str, Path], folder: Path) -> list[P
 
     One that was compared with the original; one that was not, which Optimum opens in turn.
     """
-    pairs = []
+    pairs: list[Pair] = []
     for name, form, options in EXPORTS:
         checkpoint, out = checkpoints[name], folder / f"export-{len(pairs)}"
         export(python, checkpoint, out, options)

@@ -1,6 +1,8 @@
 """What converting raises; ferrotype.errors draws the whole tree."""
 
-from ..errors import FerrotypeError
+from ..errors import FerrotypeError, printable
+
+LONGEST = 1000  # letters of a message
 
 
 class ConvertError(FerrotypeError):
@@ -18,11 +20,6 @@ class CheckpointError(ConvertError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
-
-
-def one_line(text: str, longest: int = 1000) -> str:
-    """Text with what cannot be printed escaped, and its middle left out if it is too long."""
-    if len(text) > longest:
-        text = f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 4 :]}"
+        super().__init__(printable(message))
