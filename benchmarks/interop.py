@@ -52,6 +52,8 @@ EXPORTS = (  # of what Optimum exports to what, options of optimum-cli
     (SD, "fp16", ("--dtype", "fp16", "--device", "cpu")),
     (XL, "fp32", ()),
 )
+# Of diffusers' DDIM, what the configurations of other schedulers do not say; ours never clips.
+DDIM = {"timestep_spacing": "trailing", "clip_sample": False}
 PROMPT = "a red apple on a sky blue background"
 SEED = 7
 
@@ -99,7 +101,7 @@ from optimum.onnxruntime import ORTPipelineForImage2Image, ORTPipelineForText2Im
 from PIL import Image
 
 
-def draw(folder, prompt, seed, image, guidance, size, steps, strength, io_binding):
+def draw(folder, prompt, seed, image, ddim, guidance, size, steps, strength, io_binding):
     kind = ORTPipelineForText2Image if strength is None else ORTPipelineForImage2Image
     pipe = kind.from_pretrained(
         folder, provider="CPUExecutionProvider", use_io_binding=io_binding, local_files_only=True
@@ -108,8 +110,7 @@ def draw(folder, prompt, seed, image, guidance, size, steps, strength, io_bindin
     options = {"width": size[0], "height": size[1]}
     if strength is not None:
         config = pipe.scheduler.config
-        ddim = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing")
-        pipe.scheduler = ddim
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **ddim)
         options = {"image": Image.open(image), "strength": strength}
     return pipe(
         prompt,
@@ -239,6 +240,7 @@ def compare(
                 "prompt": PROMPT,
                 "seed": SEED,
                 "image": str(image),
+                "ddim": DDIM,
                 **asdict(CALLS[name]),
             }
             for (i, name), out in places.items()
@@ -303,7 +305,7 @@ def original(checkpoint: Path, call: Call, image: Path) -> np.ndarray:
         pipe.set_progress_bar_config(disable=True)
         if call.strength is not None:
             config = pipe.scheduler.config
-            ddim = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing")
+            ddim = diffusers.DDIMScheduler.from_config(config, **DDIM)
             pipe.scheduler = ddim
             options = {"image": Image.open(image), "strength": call.strength}
         return pipe(
