@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
-from .errors import FerrotypeError
+from .errors import FerrotypeError, printable
 
 if TYPE_CHECKING:
     from .bundle import Bundle, Recipe
@@ -143,11 +143,6 @@ def usage() -> Iterator[None]:
         yield
     except ValueError as error:
         raise click.UsageError(printable(str(error))) from error
-
-
-def printable(text: str) -> str:
-    """`text` as one line that moves no cursor: file names and bundles are others' words."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def terminate(*_: object) -> None:

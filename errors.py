@@ -19,3 +19,8 @@ A wrong argument is a ValueError.
 
 class FerrotypeError(Exception):
     """Something is wrong outside the program; the message is one line that says what to do."""
+
+
+def printable(text: str) -> str:
+    """`text` as one line that moves no cursor: names in files are others' words."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -94,10 +94,11 @@ def export(folder: Path, form: str) -> None:
     """Write the graph of the checkpoint's U-Net, and what it takes and returns."""
     from ferrotype.convert import modules, onnx
     from ferrotype.convert.checkpoint import open_checkpoint
+    from ferrotype.convert.garbage import uncollected
 
     checkpoint = open_checkpoint(folder / peer_workers.CHECKPOINT)
     weights = form if form in ("fp32", "fp16") else Recipe.uniform(form)
-    with modules.quiet(), modules.uncollected():
+    with modules.quiet(), uncollected():
         module, config = modules.unet(checkpoint), checkpoint.configs["unet"]
         made = onnx.export("unet", module, config, place(folder, form), None, weights)
     said = {name: made[name] for name in ("inputs", "outputs")}

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..bundle import TEXT_ENCODERS, TIME_IDS, hash_file
-from . import single
+from . import schema, single
 from .errors import CheckpointError, ConvertError, OptionError
 from .families import PREDICTIONS, USUAL_SCALING
 from .names import new_attention_name
-from .storage import Stored, read, read_header
+from .storage import Stored, check_containers, read, read_header
 
 __all__ = [
     "Checkpoint",
@@ -42,6 +42,7 @@ COMPONENTS = {  # component -> its class in model_index.json, the stem of its we
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
 }
+MAX_JSON = 8 << 20  # bytes of a configuration or an index of shards
 PICKLED = {"model": "pytorch_model"}  # stem of a safetensors file -> of the same pickled
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 PIPELINES = (
@@ -184,6 +185,9 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _of_folder(folder: Path, index: dict, places: Mapping[str, str]) -> Checkpoint:
     """What a folder's JSON says, without weights; `places` are of the components' configs."""
     configs = {name: _read_json(folder / p / "config.json") for name, p in places.items()}
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    for part, config in (*configs.items(), ("scheduler", scheduler)):
+        schema.check(part, config)
     xl = index["_class_name"] in XL_PIPELINES
     _check_configs(configs, xl)
     family = single.FAMILY_OF.get(configs["unet"].get("cross_attention_dim", 0), "sd")
@@ -194,7 +198,7 @@ def _of_folder(folder: Path, index: dict, places: Mapping[str, str]) -> Checkpoi
         license=_license(folder / "README.md"),
         configs=configs,
         weights={},
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=scheduler,
         model_index=index,
         tokenizers={t: folder / t for encoder, t in TEXT_ENCODERS.items() if encoder in places},
     )
@@ -559,7 +563,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text())
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size:,} bytes, the limit is {MAX_JSON:,}")
+        text = path.read_bytes()
+        check_containers(text)
+        value = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
     except (ValueError, RecursionError) as error:

@@ -18,10 +18,13 @@ from .checkpoint import (
     Tensors,
     read_finite,
 )
+from .pickles import is_zip, read_text
 from .single import FAMILY_OF, open_file
 
+ANY = "*"  # what the token was in training, in files of A1111's web UI; its name is beside it
 ENCODERS = {  # names in a file -> whose vectors; any other name alone is the token itself
     "emb_params": "text_encoder",
+    ANY: "text_encoder",
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
     "text_encoders_0": "text_encoder",
@@ -73,7 +76,7 @@ def add(checkpoint: Checkpoint, path: Path | str, token: str | None = None) -> C
 def _read(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
     """The token that a file states, if any, and its vectors, (count, width), by text encoder."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a file; give an embedding as safetensors")
+        raise CheckpointError(f"{path} is not a file; give an embedding as safetensors or .pt")
     found = open_file(path)
     known = set(found) & set(ENCODERS)
     if not found or (known != set(found) and len(found) != 1):
@@ -92,7 +95,8 @@ def _read(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
         if encoder in vectors:
             raise CheckpointError(f"{path.name} has vectors for {encoder} twice")
         vectors[encoder] = np.atleast_2d(read_finite(name, stored))
-    return next(iter(set(found) - known), None), vectors
+    stated = read_text(path, "name") if ANY in found and is_zip(path) else None
+    return next(iter(set(found) - known), stated), vectors
 
 
 def _check_vectors(checkpoint: Checkpoint, path: Path, vectors: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,8 @@
 """What converting raises; ferrotype.errors draws the whole tree."""
 
-from ..errors import FerrotypeError
+from ..errors import FerrotypeError, printable
+
+LONGEST = 1000  # letters of a message
 
 
 class ConvertError(FerrotypeError):
@@ -12,4 +14,12 @@ class OptionError(ConvertError):
 
 
 class CheckpointError(ConvertError):
-    """The checkpoint is damaged, incomplete or of a kind that is not supported."""
+    """The checkpoint is damaged, incomplete or of a kind that is not supported.
+
+    The message is one short line that can be printed, whatever the file's names hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 4 :]}"
+        super().__init__(printable(message))

@@ -10,13 +10,16 @@ import mmap
 import struct
 from pathlib import Path
 
+from . import ggml
 from .errors import CheckpointError
-from .storage import Stored, block
+from .storage import MAX_RANK, Stored, block
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # unless general.alignment says otherwise
-MAX_RANK = 8
+MAX_TEXT = 1 << 16  # bytes of a name or a key
+MAX_ENTRIES = 1 << 16  # of tensors, and of metadata
+MAX_TEXTS = 1 << 19  # in arrays: vocabularies have a quarter million
 STRING, ARRAY = 8, 9
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of values, by type
 MAX_DEPTH = 8  # of arrays in arrays
@@ -26,9 +29,7 @@ TYPES = {  # number -> our name; a name that is not in KINDS is refused by it
     17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
     23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16",
 }  # fmt: skip
-KINDS = (
-    "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "I8", "I16", "I32", "I64",
-)  # fmt: skip
+KINDS = ("F32", "F16", "BF16", "F64", *ggml.LAYOUTS, "I8", "I16", "I32", "I64")
 
 
 def open_gguf(path: Path) -> dict[str, Stored]:
@@ -46,15 +47,16 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, len(MAGIC)
         self.alignment = ALIGNMENT
+        self.texts = 0
 
     def tensors(self) -> dict[str, Stored]:
         version = self.number("<I")
         if version not in VERSIONS:
             raise ValueError(f"version {version}; known are {', '.join(map(str, VERSIONS))}")
         count, entries = self.number("<Q"), self.number("<Q")
-        for _ in range(entries):
+        for _ in range(self.bounded(entries, 13, "entries of metadata", MAX_ENTRIES)):
             self.metadata()
-        rows = [self.row() for _ in range(self.bounded(count, 24, "tensors"))]
+        rows = [self.row() for _ in range(self.bounded(count, 24, "tensors", MAX_ENTRIES))]
         start = -(-self.position // self.alignment) * self.alignment
         found: dict[str, Stored] = {}
         position = 0
@@ -83,8 +85,9 @@ class _Header:
             raise ValueError(f"{name} is {dtype}; supported are {', '.join(KINDS)}")
         if math.prod(shape) == 0:
             raise ValueError(f"{name} is empty")
-        if (shape or (1,))[-1] % block(dtype)[0]:
-            raise ValueError(f"{name} has rows of {shape[-1]:,}, no multiple of {block(dtype)[0]}")
+        last, together = (shape or (1,))[-1], block(dtype)[0]
+        if last % together:
+            raise ValueError(f"{name} has rows of {last:,}, no multiple of {together}")
         return name, shape, dtype, offset
 
     def metadata(self) -> None:
@@ -106,21 +109,27 @@ class _Header:
             if inner in SIZES:
                 self.pass_by(count * SIZES[inner])
             else:
-                for _ in range(self.bounded(count, 8, "values")):
+                self.texts += self.bounded(count, 8, "values", MAX_TEXTS - self.texts)
+                for _ in range(count):
                     self.skip(inner, depth + 1)
         else:
             raise ValueError(f"a value of the unknown type {kind}")
 
     def string(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8", "replace")
+        length = self.number("<Q")
+        return self.take(self.bounded(length, 1, "bytes of a name", MAX_TEXT)).decode(
+            "utf-8", "replace"
+        )
 
     def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def bounded(self, count: int, size: int, what: str) -> int:
+    def bounded(self, count: int, size: int, what: str, limit: int) -> int:
         """A count, if so many things of at least this size can still follow."""
-        if count * size > len(self.data) - self.position:
-            raise ValueError(f"{count:,} {what} in a file of {len(self.data):,} bytes")
+        if count * size > len(self.data) - self.position or count > limit:
+            raise ValueError(
+                f"{count:,} {what} in a file of {len(self.data):,} bytes, the limit is {limit:,}"
+            )
         return count
 
     def take(self, count: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import math
 import sys
@@ -93,18 +92,6 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection inside: with an exporter's many small objects it takes a third."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' advice (missing accelerate, torchvision, deprecations) off the screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "diffusers", "transformers")]
@@ -125,7 +112,7 @@ def _clip(kind: str, config: dict, hidden_states: bool) -> torch.nn.Module:
         import transformers
 
         options = _clean(config) | {"output_hidden_states": hidden_states}
-        with torch.device("meta"):
+        with torch.device("meta"), _built(kind):
             return getattr(transformers, kind)(transformers.CLIPTextConfig(**options))
 
 
@@ -136,8 +123,18 @@ def _diffusers_module(checkpoint: Checkpoint, component: str) -> torch.nn.Module
         config = checkpoint.configs[component]
         kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
         kind = TINY if config.get("_class_name") == TINY else kinds[component]
-        with torch.device("meta"):  # shapes only: the weights come from the files
+        with torch.device("meta"), _built(component):  # only shapes: the weights are in the files
             return getattr(diffusers, kind).from_config(_clean(config))
+
+
+@contextmanager
+def _built(what: str) -> Iterator[None]:
+    """What a library raises for a configuration that makes no network, in one line."""
+    try:
+        yield
+    except Exception as error:  # of any kind: configurations are not checked there
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{what}: its config.json makes no network: {line}") from None
 
 
 def _clean(config: dict) -> dict:

@@ -41,24 +41,28 @@ def export(
     attention: str = "fused",
     fixed: dict[str, int] | None = None,
     edit: Callable[[ir.Graph], None] = lambda graph: None,
+    spare: bool = False,
 ) -> dict[str, Any]:
     """Write model.onnx, model.onnx.data and config.json; return the inputs and outputs.
 
     `latent_size` is (width, height) in latents; None leaves them open. `weights` is fp32, fp16 or
     a recipe; `attention` is as in `wrappers.wrap`. `fixed` gives other dimensions a size, by name;
-    `edit` changes the graph before it is written. Returns also `quantized`, name -> form, and
+    `edit` changes the graph before it is written. `spare`: the graph returns also what only other
+    tools read, `wrappers.spare_outputs`. Returns also `quantized`, name -> form, and
     `kept`, name -> what it is stored in and why. Raises ConvertError.
     """
-    from .wrappers import wrap
+    from .wrappers import spare_outputs, wrap
 
     plain = activations if isinstance(weights, Recipe) else weights
     _check_choices(component, plain, activations)
     lost: dict[str, int] = {}
-    wrapper = wrap(component, module, activations == "fp16", lost, attention)
+    wrapper = wrap(component, module, activations == "fp16", lost, attention, spare)
     inputs, outputs = interface(component, module, latent_size, activations)
     inputs, outputs = _fix(inputs, fixed or {}), _fix(outputs, fixed or {})
-    model = _to_graph(wrapper, inputs, outputs, opset)
-    _rename_dims(model.graph, inputs, outputs)
+    more = spare_outputs(component, module.config) if spare else []
+    every = outputs | {name: next(iter(outputs.values())) for name in more}  # all are states
+    model = _to_graph(wrapper, inputs, every, opset)
+    _rename_dims(model.graph, inputs, every)
     _name_after_layers(model.graph)
     scrub(model)
     _check_finite(model.graph)

@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from ..runtime.engines.onnx import DTYPES, MODEL, OnnxEngine
 from .checkpoint import Checkpoint, CheckpointError, ConvertError
 from .ecosystem import write_ecosystem_files
 from .onnx import interface, scrub, write
-from .options import picture_sizes
+from .options import OptimumOptions, picture_sizes
 from .recipe import from_checkpoint
 from .recorded import Recorder
 from .tokenizer import write_tokenizer
@@ -46,6 +47,8 @@ Interface = dict[str, dict[str, Any]]
 STORED = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
 MAX_GRAPH = (1 << 31) - 1  # bytes of model.onnx: protobuf holds no more
 OVERFLOWS = ": the export overflows or is damaged; export it in fp32"
+ENDLESS = ("Loop", "Scan")
+STATES = ("hidden_states.", "last_hidden_state")  # what such outputs' names begin with
 NOTHING_COMPARED = (
     "nothing was compared: a folder of graphs has no original; name it with --original CHECKPOINT"
 )
@@ -77,7 +80,7 @@ def build(
     """Write the bundle of an exported folder; see `ferrotype.convert`."""
     graphs = inspect(exported)
     precision = precision_of(graphs)
-    made_for = picture_sizes(exported, fixed_sizes(exported, graphs, sizes), None)
+    made_for = picture_sizes(exported, fixed_sizes(exported, graphs, sizes), OptimumOptions(graphs))
     recipe, notes = from_checkpoint(exported)
     with bundles.staging(out, force) as staged:
         encoders = [name for name in TEXT_ENCODERS if name in graphs]
@@ -206,16 +209,29 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise CheckpointError(f"{path} is missing: export the whole pipeline, with its task")
     if (size := path.stat().st_size) > MAX_GRAPH:
         raise CheckpointError(f"{path} has {size:,} bytes, a graph at most {MAX_GRAPH:,}")
-    try:
+    with _sound(path):
         proto = onnx.load(path, load_external_data=False)
         _check_external(proto, path)
         onnx.checker.check_model(str(path))
+    for node in _nodes(proto):
+        if node.op_type in ENDLESS:
+            raise CheckpointError(
+                f"{path}: {node.name or 'a node'} is a {node.op_type}, which may never end and "
+                "which no export of a diffusion model has"
+            )
+    return proto
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """What libraries raise for a damaged graph, in one line."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # protobuf's and the checker's own errors share no base class
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path} is no sound ONNX graph: {line}") from None
-    return proto
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
@@ -257,13 +273,22 @@ def _check_place(tensor: onnx.TensorProto, path: Path) -> None:
 
 def _inner_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Tensors in attributes of nodes, and everything in graphs within nodes."""
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for attribute in nodes.pop().attribute:
+    for node in _nodes(proto):
+        for attribute in node.attribute:
             yield attribute.t
             yield from attribute.tensors
             for graph in (attribute.g, *attribute.graphs):
                 yield from graph.initializer
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, also of functions and of graphs within nodes."""
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
                 nodes.extend(graph.node)
 
 
@@ -344,17 +369,24 @@ def _stored(path: Path, proto: onnx.ModelProto) -> str:
 
 
 def import_graph(graph: Graph, folder: Path, precision: Precision) -> Component:
-    """Write a graph with its weights beside it, without what no host reads."""
-    model = ir.load(graph.path)
+    """Write a graph with its weights beside it, without what nobody reads.
+
+    All states of a text encoder of SDXL's stay: Optimum's own pipelines ask for every one.
+    """
+    with _sound(graph.path):
+        model = ir.load(graph.path)
     outputs = model.graph.outputs
+    kept = STATES if bundles.states_of(graph.outputs).startswith("hidden_states") else ()
     for value in [value for value in outputs if value.name not in graph.outputs]:
-        outputs.remove(value)
+        if not str(value.name).startswith(kept):
+            outputs.remove(value)
     if "timestep" in graph.inputs:
         _to_number(model.graph, "timestep")
-    RemoveUnusedNodesPass()(model)
-    scrub(model)
     folder.mkdir()
-    write(model, folder)
+    with _sound(graph.path):
+        RemoveUnusedNodesPass()(model)
+        scrub(model)
+        write(model, folder)
     text = json.dumps(graph.config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     onnx.checker.check_model(str(folder / MODEL))

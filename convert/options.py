@@ -90,6 +90,11 @@ class OptimumOptions:
 
     graphs: dict[str, Graph]
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a graph takes one size alone."""
+        return any(graph.latents for graph in self.graphs.values())
+
 
 Options = CoremlOptions | TensorrtOptions | NativeOptions | OptimumOptions
 
@@ -133,9 +138,10 @@ def _picture_sizes(
     checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None
 ) -> Sizes:
     scale, levels = checkpoint.vae_scale, len(checkpoint.configs["unet"]["down_block_types"])
-    native = isinstance(options, NativeOptions)
-    # The native U-Net doubles what it halved, so that no half may be odd.
-    multiple = scale * 2 ** (levels - 1) if native else scale
+    # The native U-Net doubles what it halved, so that no half may be odd; so does Optimum's.
+    open_export = isinstance(options, OptimumOptions) and not options.fixed
+    doubles = isinstance(options, NativeOptions) or open_export
+    multiple = scale * 2 ** (levels - 1) if doubles else scale
     side = checkpoint.configs["unet"].get("sample_size", 64)
     width, height = side if isinstance(side, list) else (side, side)
     default = (scale * width, scale * height)

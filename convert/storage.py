@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import ggml
 from .errors import CheckpointError
 
 DTYPES = {  # safetensors' names -> numpy's
@@ -29,7 +30,10 @@ DTYPES = {  # safetensors' names -> numpy's
     "BOOL": "<u1",
 }
 WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_HEADER = 16 << 20  # bytes; the metadata of LoRA has megabytes, names and places far less
+MAX_CONTAINERS = 500_000  # objects and lists in a header or an index: three for every tensor
+MAX_RANK = 8
+MAX_NUMBER = 1 << 62  # of a shape or a place; products of longer ones take their time
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def read(stored: Stored, halves: bool = False) -> np.ndarray:
     if halves and stored.dtype == "F16":
         values = np.array(raw.view("<f2"))
     else:
-        values = DECODERS[stored.dtype](np.asarray(raw))
+        with np.errstate(over="ignore", invalid="ignore"):  # found and named by who reads them
+            values = DECODERS[stored.dtype](np.asarray(raw))
     if stored.strides is not None:
         steps = [step * values.itemsize for step in stored.strides]
         values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, stored.shape, steps))
@@ -140,12 +145,19 @@ def _header(path: Path) -> tuple[dict[str, dict], object, int]:
             )
         text = file.read(length)
     try:
+        check_containers(text)
         header = json.loads(text, object_pairs_hook=_no_duplicates)
         metadata = header.pop("__metadata__", None)
         _check_entries(header, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors header: {error}") from error
     return header, metadata, 8 + length
+
+
+def check_containers(text: bytes) -> None:
+    """Raise ValueError for JSON of more objects and lists than take a moment to make."""
+    if (count := text.count(b"{") + text.count(b"[")) > MAX_CONTAINERS:
+        raise ValueError(f"it has {count:,} objects and lists, the limit is {MAX_CONTAINERS:,}")
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -157,12 +169,18 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 def _check_entries(header: dict, data_bytes: int) -> None:
     """The tensors must cover the data exactly: no overlap, no hole, nothing outside."""
     position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in header.items():
         first, last = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is {entry['dtype']}; supported are {', '.join(DTYPES)}")
-        if any(type(n) is not int or n < 0 for n in (first, last, *entry["shape"])):
+        if len(entry["shape"]) > MAX_RANK:
+            raise ValueError(f"{name} has {len(entry['shape']):,} dimensions")
+        if any(
+            type(n) is not int or not 0 <= n <= MAX_NUMBER for n in (first, last, *entry["shape"])
+        ):
             raise ValueError(f"{name} has a shape or an offset that is not a whole number")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
         size = math.prod(entry["shape"]) * np.dtype(DTYPES[entry["dtype"]]).itemsize
         if size == 0:
             raise ValueError(f"{name} is empty")
@@ -190,61 +208,9 @@ def _from_bf16(raw: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
-# GGUF's blocks of 32 values: fp16 scales (and minima) first, then whole numbers.  Of 4 bits and the
-# low ones of 5, byte i holds values i and i + 16; the fifth bits are one uint32.
-
-BLOCKS = {  # type -> values in a block, its bytes
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-}
-
-
-def _halves(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 2 n) bytes to (blocks, n) float32 of fp16."""
-    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
-
-
-def _nibbles(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 16) bytes to (blocks, 32) whole numbers, 0 to 15."""
-    return np.concatenate([raw & 15, raw >> 4], axis=1)
-
-
-def _fifth_bits(raw: np.ndarray) -> np.ndarray:
-    """(blocks, 4) bytes to (blocks, 32), each 0 or 16."""
-    return np.unpackbits(np.ascontiguousarray(raw), axis=1, bitorder="little") << 4
-
-
-def _q8_0(raw: np.ndarray) -> np.ndarray:
-    blocks = raw.reshape(-1, 34)
-    numbers = blocks[:, 2:].view(np.int8)
-    return (numbers * _halves(blocks[:, :2])).reshape(-1)
-
-
-def _four_or_five(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    size = BLOCKS[kind][1]
-    five, minimum = kind.startswith("Q5"), kind.endswith("_1")
-    head = 4 if minimum else 2  # bytes of the scale and the minimum
-
-    def decode(raw: np.ndarray) -> np.ndarray:
-        blocks = raw.reshape(-1, size)
-        numbers = _nibbles(blocks[:, size - 16 :])
-        if five:
-            numbers = numbers | _fifth_bits(blocks[:, head : head + 4])
-        scales = _halves(blocks[:, :head])
-        if minimum:
-            return (numbers * scales[:, :1] + scales[:, 1:]).reshape(-1)
-        middle = np.float32(16 if five else 8)
-        return ((numbers - middle) * scales).reshape(-1)
-
-    return decode
-
-
+BLOCKS = {kind: (layout.values, layout.bytes) for kind, layout in ggml.LAYOUTS.items()}
 DECODERS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     **{dtype: _plain(dtype) for dtype in DTYPES},
     "BF16": _from_bf16,
-    "Q8_0": _q8_0,
-    **{kind: _four_or_five(kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")},
+    **{kind: layout.decode for kind, layout in ggml.LAYOUTS.items()},
 }

@@ -110,6 +110,7 @@ class OnnxTarget:
             sizes[0] if sizes and len(sizes) == 1 else None,
             recipe if recipe.least_bits else precision.weights,
             "fp16" if half else "fp32",
+            spare=True,
         )
         self.made[name] = made
         arrays = tensors(made["inputs"]), tensors(made["outputs"])

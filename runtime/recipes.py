@@ -104,8 +104,11 @@ def apply(name: str, recipe: Recipe, embedded: bool = False, xl: bool | None = N
     )
 
 
-def check(asked: Recipe, own: Recipe) -> None:
-    """Raise RecipeRefusal unless `asked` keeps to what the bundle's `own` recipe allows."""
+def check(asked: Recipe, own: Recipe, otherwise: str = ", or --force to insist") -> None:
+    """Raise RecipeRefusal unless `asked` keeps to what the bundle's `own` recipe allows.
+
+    `otherwise` ends the line: what one can do but keep to it.
+    """
     wrong, use = [], []
     for option in ("sampler", "spacing"):
         if own.allowed_steps and (found := getattr(asked, option)) != getattr(own, option):
@@ -123,7 +126,7 @@ def check(asked: Recipe, own: Recipe) -> None:
     if wrong:
         raise RecipeRefusal(
             f"{', '.join(wrong)}: this model was distilled for {limits(own)} ({own.name}): "
-            f"use {' '.join(use)}, or --force to insist"
+            f"use {' '.join(use)}{otherwise}"
         )
 
 

@@ -577,6 +577,21 @@ def test_the_command_says_whether_the_embedded_bundles_fit(stand_in, bundle):
     assert (found["device"], found["steps"], found["fits"]) == ("pixel-9", 8, True)
 
 
+def test_steps_that_the_model_was_not_distilled_for_are_refused(stand_in, tmp_path):
+    folder = tmp_path / "few.ferro"
+    shutil.copytree(EMBEDDED, folder)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["recipe"] |= {"name": "lightning-4", "allowed_steps": [4], "steps": 4}
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    assert invoke(folder, "--device", "pixel-9").exit_code == 0
+    assert invoke(folder, "--device", "pixel-9", "-n", 4).exit_code == 0
+    done = invoke(folder, "--device", "pixel-9", "-n", 20)
+    assert (done.exit_code, done.stdout) == (2, "")
+    said = "steps 20: this model was distilled for 4 steps of lcm"
+    assert said in done.stderr
+    assert done.stderr.endswith("(lightning-4): use --steps 4\n")
+
+
 def test_the_command_ends_with_1_where_it_does_not_fit(stand_in, tmp_path):
     done = invoke(EMBEDDED, "--device", "pixel-9", "--size", 64)
     assert done.exit_code == 0

@@ -100,6 +100,64 @@ def test_the_vectors_and_the_ids_are_those_of_diffusers(sd, tmp_path, rng, count
     assert addition.text == f"embedding cat.safetensors, token <cat>, {many}"
 
 
+def web_ui(path, rows, name, **more):
+    """What A1111's web UI writes when it trains."""
+    value = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": rows},
+        "name": name,
+        "step": 500,
+        "sd_checkpoint": "e1441589a6",
+        "sd_checkpoint_name": "sd-v1-5",
+    }
+    torch.save(value | more, path)
+
+
+@pytest.mark.parametrize("form", ["tensor", "trained", "parameters"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_files_of_the_web_ui_are_those_of_diffusers(sd, tmp_path, rng, count, form):
+    """Also as the method's authors wrote them: a ParameterDict, and a tensor of the token's id."""
+    rows, path = floats(rng, count, 32), tmp_path / "my cat.pt"
+    values, more = torch.from_numpy(rows), {}
+    if form == "trained":
+        values.requires_grad_(True)
+    web_ui(path, values, "<cat>")
+    if form == "parameters":
+        held = torch.nn.ParameterDict({"*": torch.nn.Parameter(values)})
+        more = {"string_to_param": held, "string_to_token": {"*": torch.tensor(265)}}
+        web_ui(path, values, "<cat>", **more)
+    checkpoint = embedding.add(open_checkpoint(sd), path)
+    pipe = from_diffusers(sd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form == "parameters":  # which its loader refuses
+            learn(pipe, rows, "<cat>")
+        else:
+            pipe.load_textual_inversion(path)
+    expected = pipe.text_encoder.get_input_embeddings().weight.detach().numpy()
+    assert np.array_equal(table_of(checkpoint, "text_encoder"), expected)
+    assert checkpoint.additions[0].text.split(", ")[:2] == ["embedding my cat.pt", "token <cat>"]
+    assert embedding.add(open_checkpoint(sd), path, "<dog>").tokens["tokenizer"][0] == "<dog>"
+
+
+def test_a_file_of_the_web_ui_without_a_name_is_called_as_the_file(sd, tmp_path, rng):
+    rows = torch.from_numpy(floats(rng, 1, 32))
+    for name in (None, 7):
+        web_ui(tmp_path / "cat.pt", rows, name)
+        made = embedding.add(open_checkpoint(sd), tmp_path / "cat.pt")
+        assert made.tokens["tokenizer"] == ("<cat>",)
+    web_ui(tmp_path / "cat.pt", rows, "my cat")
+    assert "the token 'my cat' has a space" in refused(sd, tmp_path / "cat.pt")
+    save_file({"*": rows.numpy()}, tmp_path / "cat.safetensors")
+    made = embedding.add(open_checkpoint(sd), tmp_path / "cat.safetensors")
+    assert made.tokens["tokenizer"] == ("<cat>",)
+    two = {"*": rows, "+": rows}
+    web_ui(tmp_path / "cat.pt", rows, "<cat>", string_to_param=two)
+    assert "is no embedding: it holds 2 tensors (*, +)" in refused(sd, tmp_path / "cat.pt")
+    web_ui(tmp_path / "cat.pt", rows, "<cat>", hypernetwork=torch.nn.Linear(1, 1))
+    assert "asks for 'torch.nn.modules.linear.Linear'" in refused(sd, tmp_path / "cat.pt")
+
+
 def test_case_and_longer_names(sd, tmp_path, rng):
     """The tokenizer reads no case; <cat>s are not <cat>."""
     checkpoint = open_checkpoint(sd)
@@ -245,7 +303,7 @@ def test_tokens_that_would_be_mixed_up(sd, tmp_path, rng):
 
 def test_what_is_no_file(sd, tmp_path):
     path = tmp_path / "cat.bin"
-    assert "is not a file; give an embedding as safetensors" in refused(sd, path)
+    assert "is not a file; give an embedding as safetensors or .pt" in refused(sd, path)
     path.write_bytes(b"\x80\x04}q\x00.")
     assert "can run code when read" in refused(sd, path)
 

@@ -1,18 +1,21 @@
 """GGUF files of stable-diffusion.cpp: every type against the gguf package, damage against bytes."""
 
-import struct
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from ferrotype.benchmarks.checkpoints import SMALL, write_single
-from ferrotype.convert.checkpoint import CheckpointError, open_checkpoint, tensors
-from ferrotype.convert.gguf import KINDS, open_gguf
-from ferrotype.convert.storage import read
+from ferrotype.convert.checkpoint import CheckpointError, open_checkpoint, read_finite, tensors
+from ferrotype.convert.gguf import KINDS, TYPES, open_gguf
+from ferrotype.convert.storage import block, read
+from ferrotype.tests.hostile import gguf as gguf_file
+from ferrotype.tests.hostile import row
 
 gguf = pytest.importorskip("gguf")
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+K_QUANTS = {  # which the gguf package cannot write -> bytes of their fp16 factors in a block
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 PLAIN = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I16": np.int16,
     "I32": np.int32, "I64": np.int64,
@@ -51,11 +54,63 @@ def test_quantized_types_are_expanded_as_ggml_does(tmp_path, kind):
     assert (stored.dtype, stored.shape) == (kind, values.shape)
     found = read(stored)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found, expected)
     assert np.abs(found - values).max() < 0.6
     np.testing.assert_array_equal(read(stored.rows(2, 5)), found[2:5])
     matrix = open_gguf(written(tmp_path / "m.gguf", {"w": values[:, 0]}, {"w": kind}))["w"]
     np.testing.assert_array_equal(read(matrix.transposed()), found[:, 0].T)
+
+
+def random_blocks(kind, *shape):
+    """Blocks of arbitrary bits whose factors are finite: (*shape, bytes of a row)."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    rng = np.random.default_rng()
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // values, size), np.uint8)
+    for place in K_QUANTS[kind]:
+        factors = rng.normal(size=blocks.shape[:-1]).astype("<f2")
+        blocks[..., place : place + 2] = factors[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants_are_expanded_as_ggml_does_to_the_bit(tmp_path, kind):
+    rows = random_blocks(kind, 6, 512)
+    ggml = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "sd")
+    writer.add_tensor("w", rows, raw_dtype=ggml)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stored = open_gguf(tmp_path / "x.gguf")["w"]
+    assert (stored.dtype, stored.shape) == (kind, (6, 512))
+    expected = gguf.quants.dequantize(rows, ggml)
+    np.testing.assert_array_equal(read(stored), expected)
+    np.testing.assert_array_equal(read(stored.rows(2, 5)), expected[2:5])
+    np.testing.assert_array_equal(read(stored.transposed()), expected.T)
+
+
+def test_q8_k_is_a_factor_and_whole_numbers(tmp_path):
+    """ggml's own intermediate: a float32, 256 int8, and sums that nobody needs."""
+    rng = np.random.default_rng()
+    factors = rng.normal(size=(3, 2, 1)).astype("<f4")
+    numbers = rng.integers(-128, 128, (3, 2, 256), np.int8)
+    sums = np.full((3, 2, 32), 255, np.uint8)
+    blocks = np.concatenate([factors.view(np.uint8), numbers.view(np.uint8), sums], axis=2)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_file(row(shape=(512, 3), kind=15), data=blocks.tobytes()))
+    np.testing.assert_array_equal(read(open_gguf(path)["w"]), (factors * numbers).reshape(3, 512))
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *K_QUANTS, "Q8_K", "F64"])
+def test_factors_that_are_no_numbers_are_told_without_a_warning(tmp_path, kind):
+    number = {name: n for n, name in TYPES.items()}[kind]
+    values, size = block(kind)
+    data = np.full(size, 0xFF, np.uint8) if kind != "F64" else np.array([1e300])
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_file(row(shape=(values,), kind=number), data=data.tobytes()))
+    with pytest.raises(CheckpointError, match=r"w has [0-9]+ NaN or Inf of"):
+        read_finite("w", open_gguf(path)["w"])
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -87,81 +142,13 @@ def test_a_file_of_stable_diffusion_cpp_is_the_same_checkpoint(tmp_path, family)
                 assert np.linalg.norm(found[name] - value) <= bound * np.linalg.norm(value), name
 
 
-# --- damage -------------------------------------------------------------------------------------
-
-
-def text(value):
-    return struct.pack("<Q", len(value)) + value
-
-
-def row(name=b"w", shape=(4,), kind=0, offset=0):
-    dims = b"".join(struct.pack("<Q", n) for n in shape)
-    return text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", kind, offset)
-
-
-def file(*rows, version=3, count=None, entries=(), entry_count=None, data=bytes(32), pad=True):
-    count = len(rows) if count is None else count
-    entry_count = len(entries) if entry_count is None else entry_count
-    head = b"GGUF" + struct.pack("<IQQ", version, count, entry_count)
-    head += b"".join(entries) + b"".join(rows)
-    return head + bytes(-len(head) % 32 if pad else 0) + data
-
-
-def entry(key, kind, value):
-    return text(key) + struct.pack("<I", kind) + value
-
-
 def test_the_file_written_by_hand_is_read(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(file(row(), row(b"v", (2, 2), 1, 16), version=2))
+    (tmp_path / "x.gguf").write_bytes(gguf_file(row(), row(b"v", (2, 2), 1, 16), version=2))
     found = open_gguf(tmp_path / "x.gguf")
     assert {n: (s.dtype, s.shape) for n, s in found.items()} == {
         "w": ("F32", (4,)), "v": ("F16", (2, 2)),
     }  # fmt: skip
 
 
-DAMAGED = {
-    "version": (file(row(), version=1), "version 1; known are 2, 3"),
-    "big-endian": (file(row(), version=3 << 24), "version 50,331,648|version 50331648"),
-    "cut": (file(row())[:30], "1 tensors in a file of 30 bytes"),
-    "cut in a row": (file(row())[:50], "bytes at 49 of 50|bytes at"),
-    "data cut": (file(row(), data=bytes(15)), "w is at 0 to 16"),
-    "far outside": (file(row(offset=1 << 60)), "overlaps another, or the"),
-    "overlap": (file(row(), row(b"v", offset=8)), "v is at 8 to 24"),
-    "twice": (file(row(), row(offset=16)), "w occurs twice"),
-    "exabytes": (file(row(shape=(1 << 61, 4))), "w is at 0 to"),
-    "more tensors than bytes": (file(row(), count=1 << 60), "tensors in a file of"),
-    "more entries than bytes": (file(row(), entry_count=1 << 60), "bytes at"),
-    "a name of exabytes": (file(struct.pack("<Q", 1 << 62)), "bytes at"),
-    "rank": (file(row(shape=(1,) * 9)), "w has 9 dimensions"),
-    "empty": (file(row(shape=(4, 0))), "w is empty"),
-    "k-quants": (file(row(shape=(256,), kind=12)), "w is Q4_K; supported are F32"),
-    "unknown type": (file(row(kind=99)), "w is type 99"),
-    "half a block": (file(row(shape=(40,), kind=8)), "rows of 40, no multiple of 32"),
-    "alignment": (
-        file(row(), entries=[entry(b"general.alignment", 4, struct.pack("<I", 0))]),
-        "general.alignment is 0, no power of two",
-    ),
-    "unknown value": (file(row(), entries=[entry(b"k", 77, b"")]), "unknown type 77"),
-    "arrays without end": (
-        file(row(), entries=[entry(b"k", 9, struct.pack("<IQ", 9, 1) * 50)]),
-        "a value of the unknown type 9",
-    ),
-    "a long array": (
-        file(row(), entries=[entry(b"k", 9, struct.pack("<IQ", 8, 1 << 50))]),
-        "values in a file of",
-    ),
-}
-
-
-@pytest.mark.parametrize("data, said", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_damaged_file_is_refused_by_its_header(tmp_path, data, said):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=said) as caught:
-        open_checkpoint(path)
-    assert "\n" not in str(caught.value)
-    assert "x.gguf" in str(caught.value)
-
-
 def test_every_supported_type_was_tried():
-    assert {*QUANTIZED, *PLAIN, "BF16"} == set(KINDS)
+    assert {*QUANTIZED, *K_QUANTS, "Q8_K", *PLAIN, "BF16"} == set(KINDS)

@@ -102,6 +102,14 @@ def test_the_bundle_is_complete_and_says_that_nothing_was_compared(made):
             assert output["max_abs"] > 0
 
 
+def test_sizes_are_those_that_their_unet_halves_evenly(exported, made):
+    """Theirs doubles what it halved: odd halves would not fit what is joined to them."""
+    unet = made.component("unet").config
+    assert made.manifest.sizes.multiple == 8 * 2 ** (len(unet["block_out_channels"]) - 1)
+    with pytest.raises(ConvertError, match="72 is no multiple of 32"):
+        convert(exported, made.folder.parent / "odd.ferro", sizes=[(72, 64)])
+
+
 def edited(folder, name, edit):
     path = folder / name / "model.onnx"
     proto = onnx.load(path)
@@ -168,6 +176,7 @@ HOSTILE = {  # component, edit, what is said
     "a batch of 2": ("unet", fix(batch=2), "--batch_size 1"),
     "one side": ("vae_decoder", fix(height=16), "fixes one side"),
     "other channels": ("unet", lambda g: fix_channels(g), "sample is of (any, 9"),
+    "a loop": ("unet", lambda g: g.node.append(helper.make_node("Loop", [], [])), "may never end"),
     "quantized": ("unet", in_bytes, "weights of int8"),
 }
 

@@ -189,6 +189,26 @@ def test_the_graphs_are_valid_and_compute_only_the_layers_that_are_read(made):
         assert ("final_layer_norm" in names) == ("text_projection" in names) == last
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_the_graphs_return_every_state_for_optimums_pipelines(made, name):
+    """They take hidden_states.i before every layer, and of what is left the first for pooled."""
+    import onnxruntime
+
+    checkpoint, opened = made["zeros"]
+    module = getattr(modules, name)(open_checkpoint(checkpoint))
+    ids = Tokenizer(opened, "tokenizer")(PROMPT).ids
+    session = onnxruntime.InferenceSession(opened.path(name) / "model.onnx")
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"input_ids": ids}), strict=True))
+    with torch.no_grad():
+        expected = module(torch.from_numpy(ids)).hidden_states
+    for i in range(module.config.num_hidden_layers):
+        assert parity.psnr(expected[i].numpy(), found.pop(f"hidden_states.{i}")) > 80
+    (left,) = found.values()
+    assert left.shape == ((1, 40) if name == "text_encoder_2" else (1, 77, 32))
+    assert len(opened.component(name).outputs) == (2 if name == "text_encoder_2" else 1)
+
+
 def test_both_tokenizers_encode_as_transformers_does(made):
     """Padding with "!" makes it a token of its own: "apple!" is split there, unlike elsewhere."""
     checkpoint, opened = made["zeros"]

@@ -46,9 +46,9 @@ class OnnxEngine:
         repeated = component == "unet"
         self._session = _session(self._path, threads, self._borrowed, folding, repeated)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self._names = [o.name for o in outputs]
-        self._same_names("takes", [i.name for i in inputs], self._spec.inputs)
-        self._same_names("returns", self._names, self._spec.outputs)
+        self._names = list(self._spec.outputs)
+        self._check_names("takes", [i.name for i in inputs], self._spec.inputs)
+        self._check_names("returns", [o.name for o in outputs], self._spec.outputs, more=True)
         self._dtypes = {i.name: _dtype(i.type, self._path) for i in inputs}
 
     def __call__(self, inputs: Arrays) -> Arrays:
@@ -56,7 +56,7 @@ class OnnxEngine:
         sizes: dict[str, int] = {}
         try:
             feed = {n: _cast(n, value, self._dtypes[n]) for n, value in inputs.items()}
-            values = self._session.run(None, feed)
+            values = self._session.run(self._names, feed)
             found = {n: v.astype(np.float32) for n, v in zip(self._names, values, strict=True)}
         except Exception as error:  # onnxruntime's own errors share no base class
             raise BundleError(
@@ -66,8 +66,11 @@ class OnnxEngine:
         check_shapes(str(self._path), self._spec.outputs, found, sizes)
         return found
 
-    def _same_names(self, verb: str, found: list[str], manifest: dict[str, Tensor]) -> None:
-        if set(found) != manifest.keys():
+    def _check_names(
+        self, verb: str, found: list[str], manifest: dict[str, Tensor], more: bool = False
+    ) -> None:
+        """Raise BundleError unless they are the manifest's, or `more`: what other tools read."""
+        if manifest.keys() - found or (set(found) - manifest.keys() and not more):
             names = ", ".join(found)[:300]
             raise BundleError(
                 f"{self._path} {verb} {names}; the manifest says {', '.join(manifest)}"
