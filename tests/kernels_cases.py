@@ -519,6 +519,42 @@ def winograd_error(x: np.ndarray, kernel: np.ndarray, kind: Type) -> np.ndarray:
     return own + sum_error(x.shape[2], total) + 12 * U * total
 
 
+def winograd_int8(
+    x: np.ndarray, weight: np.ndarray, kind: Type
+) -> tuple[np.ndarray, np.ndarray]:
+    """A 3x3 convolution by Winograd's products of int8, and the sum of their sizes.
+
+    x, (h, w, inputs), is of a type, weight, (outputs, 3, 3, inputs), whole numbers.  A tile's
+    transformed pixels, sums in fp32 of columns and then of rows, become int8 by position.  Of
+    the transformed weights of an output, four times which are whole, the largest becomes 127, by a
+    factor of 15 bits whose product is cut to eighths before it is rounded.
+    """
+    h, w, _ = x.shape
+    room = np.pad(x, ((1, 1), (1, 1), (0, 0))).astype(np.float32)
+    d = [[room[i : i + h : 2, j : j + w : 2] for j in range(4)] for i in range(4)]
+
+    def combined(a: Any) -> list:
+        return [a[0] - a[2], a[1] + a[2], a[2] - a[1], a[1] - a[3]]
+
+    columns = [combined([d[i][j] for i in range(4)]) for j in range(4)]  # [j][i]
+    v = [combined([columns[j][i] for j in range(4)]) for i in range(4)]
+    u = np.einsum("ip,jq,npqk->nijk", 2 * WEIGHTS, 2 * WEIGHTS, weight).astype(np.int64)
+    most = np.maximum(127, abs(u).max((1, 2, 3)))
+    factor = np.where(most > 127, 127 * 32768 // most, 32767)
+    u = ((16 * u * factor[:, None, None, None] >> 16) + 4) >> 3
+    assert abs(u).max() <= 127
+    scale = np.where(most > 127, 8192 / factor, 0.25)
+    y, total = np.zeros((2, h // 2, 2, w // 2, 2, len(weight)))
+    for i, j in np.ndindex(4, 4):
+        whole = int8_pixels(rounded(v[i][j], kind))
+        for into, m, a in (
+            (y, whole @ u[:, i, j].T, SUMS),
+            (total, abs(whole) @ abs(u[:, i, j]).T, abs(SUMS)),
+        ):
+            into += np.einsum("a,b,yxn->yaxbn", a[:, i], a[:, j], m * scale)
+    return y.reshape(h, w, -1), total.reshape(h, w, -1)
+
+
 def int8_pixels(x: np.ndarray) -> np.ndarray:
     """(h, w, c) rounded to the nearest 127th of the largest of each pixel, a quotient in fp32."""
     largest = np.abs(x).max(2, keepdims=True).astype(np.float32)
@@ -553,7 +589,7 @@ class MatMul:
     residual: bool = False
     in_place: bool = False  # the result replaces the residual
     late: bool = False
-    winograd: int = 0  # 2: however small the image
+    winograd: int = 0  # 2: wherever it can be
     band: int = 0
     border: tuple[int, int] = (0, 0)  # of inputs, of the result
     wide: tuple[int, int] = (0, 0)
@@ -613,8 +649,10 @@ class MatMul:
         else:
             zeros = np.zeros((*size, self.n))
             out = build.tensor(zeros, out_kind, self.border[1], self.wide, out=True)
-        sources = [int8_pixels(t.values) if narrow else t.values for t in a]
-        y, error = self.reference(kind, sources, weight, bias, extra, size, not narrow)
+        sources = [t.values for t in a]
+        winograd = 2 if narrow and self.winograd else self.winograd  # the same products everywhere
+        own = np.frombuffer(scales, np.float32) if narrow else None
+        y, error = self.reference(kind, sources, weight, bias, extra, size, own)
         extra |= {"b": a[1]} if len(a) == 2 else {}
         return build.finish(
             name,
@@ -636,10 +674,15 @@ class MatMul:
             upsample=self.upsample,
             geglu=self.geglu,
             late=self.late,
-            winograd=self.winograd,
+            winograd=winograd,
             band=self.band,
             **extra,
         )
+
+    def fits_winograd(self, kind: Type, size: tuple[int, int]) -> bool:
+        """Whether products of int8 are Winograd's, where they may be."""
+        even = not any(s % 2 for s in size)
+        return bool(self.winograd) and even and kind != Type.F16 and min(*self.c, self.n) >= 64
 
     def weights(
         self, rng: np.random.Generator, kind: Type, weight_kind: Type
@@ -695,21 +738,29 @@ class MatMul:
         bias: np.ndarray | None,
         extra: dict[str, Placed],
         size: tuple[int, int],
-        may_winograd: bool = True,
+        scales: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        x = np.concatenate(sources, 2)
+        """The result and its bound; `scales`: of outputs, where int8 is multiplied by int8."""
+        narrow = scales is not None
+        x = np.concatenate([int8_pixels(s) if narrow else s for s in sources], 2)
         x = doubled(x) if self.upsample else x
         kernel = weight.reshape(weight.shape[0], self.side, self.side, -1)
         b = 0 if bias is None else rounded(bias, Type.F32)
         add = extra["add"].values if "add" in extra else 0
         residual = extra["c"].values if "c" in extra else 0
-        y = convolve(x, kernel, size, self.stride, self.rows_above) + b + add
-        total = convolve(abs(x), abs(kernel), size, self.stride, self.rows_above)
+        if narrow and self.fits_winograd(kind, size):
+            scale = scales[: self.n].astype(float)
+            q = np.rint(kernel / scale[:, None, None, None])
+            y, total = (part * scale for part in winograd_int8(sources[0], q, kind))
+            y += b + add
+        else:
+            y = convolve(x, kernel, size, self.stride, self.rows_above) + b + add
+            total = convolve(abs(x), abs(kernel), size, self.stride, self.rows_above)
         total += np.abs(b) + np.abs(add)
         total += np.abs(residual) if self.late else 0
         y = y + residual if self.late else y
         error = sum_error(weight[0].size, total)
-        if self.winograd and may_winograd and not any(s % 2 for s in size):
+        if self.winograd and not narrow and not any(s % 2 for s in size):
             error = error + winograd_error(x, kernel, kind)
         if self.geglu:  # a product: errors of each factor times the other
             (value, gate), (e_value, e_gate) = np.split(y, 2, 2), np.split(error, 2, 2)
