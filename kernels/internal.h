@@ -68,7 +68,7 @@ struct Softmax {
     float scale;      // of the scores, times log2(e)
     float *top, *sum; // of this row so far
     char *out;        // `padded` weights; zero from `valid` on
-    uint32_t type;
+    uint32_t type;    // FT_I8: an Int8Pixel before them, whose scale is for the sums so far
 };
 
 // F(2x2, 3x3), Lavin & Gray 2016: 16 products give the 2x2 outputs that take 36 directly.
