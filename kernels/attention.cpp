@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t KEYS = 512;   // in a block: 48 x 256 scores in fp32 are 48 KiB
 constexpr int64_t QUERIES = 24; // about; a multiple of the tile's rows
-constexpr int MAX_SIZE = 4096;   // channels of a head
+constexpr int MAX_SIZE = 4096;  // channels of a head
 constexpr float LOG2E = 1.44269504f;
 
 struct Plan {
@@ -105,9 +105,7 @@ struct Run {
     const TileKernel kernel;
 
     char *token(const ft_tensor &t, int64_t i) const { return context.at(t, i / t.w, i % t.w); }
-    char *keys_of(int64_t head) const {
-        return context.arena + op.scratch + head * plan.head();
-    }
+    char *keys_of(int64_t head) const { return context.arena + op.scratch + head * plan.head(); }
     char *values_of(int64_t head) const { return keys_of(head) + plan.head_keys(); }
     float *value_scales(int64_t head) const {
         return reinterpret_cast<float *>(values_of(head) + plan.head_values());
@@ -177,7 +175,11 @@ struct Run {
         return largest >= 0x7f800000 ? NAN : x >= LEAST_PIXEL ? x / 127 : 0;
     }
     static float inverse(float scale) { return scale > 0 ? 1 / scale : 0; }
-    static int8_t whole(float x, float per) { return int8_t((x * per + TO_WHOLE) - TO_WHOLE); }
+    // To the nearest, ties away from zero, with integers: a compiler may fuse a product and a sum.
+    static int8_t whole(float x, float per) {
+        const int32_t halves = int32_t(x * per * 2);
+        return int8_t((halves + 1 + (halves >> 31)) >> 1);
+    }
 
     // The mean of a head's keys by channel, and the scales of its values.
     void survey(int64_t head) const {
@@ -341,8 +343,7 @@ void run(const ft_op &op, const Context &context) {
         context.pool->each(op.heads * blocks,
                            [&](int64_t i, int) { run.pack_keys_int8(i / blocks, i % blocks); });
     }
-    context.pool->each(op.heads * lanes,
-                       [&](int64_t i, int) { run.pack(i / lanes, i % lanes); });
+    context.pool->each(op.heads * lanes, [&](int64_t i, int) { run.pack(i / lanes, i % lanes); });
     context.pool->each(op.heads * query_blocks, [&](int64_t i, int thread) {
         run.attend(i / query_blocks, i % query_blocks, thread);
     });

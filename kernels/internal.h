@@ -120,7 +120,7 @@ struct Kernels {
 
 struct Cpu {                                          // filled by detect(); see cpu.cpp
     bool avx2, avx512, avx512_vnni, avx512_bf16, amx; // amx: of bf16 and of int8
-    bool neon, neon_fp16, neon_dot, neon_bf16;
+    bool neon, neon_fp16, neon_dot, neon_bf16, neon_i8mm;
 };
 Cpu detect();
 

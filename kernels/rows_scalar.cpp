@@ -51,7 +51,8 @@ float softmax_int8(const Softmax &s) {
     int8_t *weights = reinterpret_cast<int8_t *>(s.out + sizeof head);
     for (int i = 0; i < s.padded; i++) {
         const bool some = i < s.valid && here != -INFINITY && finite;
-        weights[i] = some ? int8_t(std::nearbyint(127 * std::exp2(s.scores[i] * s.scale - here))) : 0;
+        weights[i] =
+            some ? int8_t(std::nearbyint(127 * std::exp2(s.scores[i] * s.scale - here))) : 0;
         head.sum += weights[i];
     }
     const float top = std::fmax(here, *s.top);

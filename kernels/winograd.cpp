@@ -89,8 +89,8 @@ struct Run {
             char *const wide = plan.narrow ? wide_tile(thread) : v;
             const int64_t step = plan.narrow ? plan.wide_position() : plan.position();
             context.kernels->winograd.input(
-                wide, step, context.at(op.a, 2 * (band_row + y) - 1, 2 * x - 1),
-                bytes_of_row(op.a), bytes_of_pixel(op.a), op.a.type, int(plan.channels));
+                wide, step, context.at(op.a, 2 * (band_row + y) - 1, 2 * x - 1), bytes_of_row(op.a),
+                bytes_of_pixel(op.a), op.a.type, int(plan.channels));
             for (int p = 0; p < POSITIONS && plan.narrow; p++)
                 context.kernels->to_int8(v + p * plan.position(), wide + p * step, op.a.type,
                                          int(plan.channels));
@@ -176,9 +176,8 @@ struct Run {
         const int64_t rows =
             plan.down - band_row < plan.band_rows ? plan.down - band_row : plan.band_rows;
         const int64_t tiles = rows * plan.across;
-        context.pool->each(rows, [&](int64_t y, int thread) {
-            transform_pixels(band_row, y, thread);
-        });
+        context.pool->each(rows,
+                           [&](int64_t y, int thread) { transform_pixels(band_row, y, thread); });
         const int64_t groups = (tiles + GROUP - 1) / GROUP;
         int64_t chunks = (groups + JOB_GROUPS - 1) / JOB_GROUPS;
         while (plan.panels * chunks < 4 * context.pool->threads() && 2 * chunks <= groups)
@@ -196,14 +195,14 @@ struct Run {
 bool winograd_fits(const ft_op &op, const Kernels &kernels) {
     // A matrix unit multiplies so fast that the transforms would take longer than what they save.
     const TileKernel &tile = op.narrow ? kernels.narrow : kernels.tile[op.a.type][op.a.type];
-    if (tile.k_step > 4 && op.winograd != 2) return false;
+    if (tile.k_step > 8 && op.winograd != 2) return false;
     const uint32_t weights = widens(op) ? op.a.type : op.weight_type;
     const bool types = // transformed fp16 may not fit into fp16
         op.narrow ? op.a.type != FT_F16
                   : (op.a.type == FT_BF16 && weights == FT_BF16) ||
                         (op.a.type == FT_F32 && weights != FT_BF16);
-    return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample &&
-           !op.geglu && !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
+    return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&
+           !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
            (op.winograd == 2 || int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES) &&
            op.a.c >= LEAST_CHANNELS && op.out.c >= LEAST_CHANNELS;
 }

@@ -8,9 +8,8 @@ namespace {
 constexpr int LINE = 4 * ft::LANES; // weights: four inputs of a block of outputs
 
 // f(position, value) of 4 G g G^T, which is whole and at most 9 * 127, of one weight's nine taps.
-template <class F> __attribute__((always_inline)) inline void four_times(const char *w,
-                                                                         int64_t tap_bytes,
-                                                                         const F &f) {
+template <class F> __attribute__((always_inline)) inline void
+four_times(const char *w, int64_t tap_bytes, const F &f) {
     int16_t t[4][3]; // 2 G g
 #pragma GCC unroll 3
     for (int j = 0; j < 3; j++) {
@@ -33,8 +32,8 @@ template <class F> __attribute__((always_inline)) inline void four_times(const c
 
 // Each output has one scale for all positions: 2^15 / (4 * factor), its factor such that the
 // largest becomes 127.
-inline void winograd_weights_int8(char *u, int64_t position_bytes, float *scales,
-                                  const char *w, int64_t tap_bytes, int64_t k) {
+inline void winograd_weights_int8(char *u, int64_t position_bytes, float *scales, const char *w,
+                                  int64_t tap_bytes, int64_t k) {
     const int64_t lines = k / 4;
     int16_t top[LINE] = {};
     for (int64_t line = 0; line < lines; line++)
