@@ -402,6 +402,18 @@ def test_pixels_become_int8_where_weights_are_if_the_bundle_says_so(tmp_path, we
     assert {op.narrow for op in products} == {int(weights == activations == "int8")}
 
 
+@NO_ENGINE
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+def test_attention_over_many_keys_is_of_int8_if_the_bundle_says_so(tmp_path, activations):
+    net = network("unet")
+    engine = NativeEngine(net.write(tmp_path, "int8", activations), "unet", 1)
+    ops = engine.program(models.sizes("unet", net.config, (16, 16), 7)).ops
+    attentions = [op for op in ops if op.kind == Kind.ATTENTION]
+    many = [op.b.h * op.b.w >= 256 for op in attentions]
+    assert set(many) == {False, True}
+    assert [op.narrow for op in attentions] == [activations == "int8" and m for m in many]
+
+
 # Twice what these networks come to: a step is a 127th or a 7th of the largest of its row.
 NEAR = {("int8", "fp32"): 0.05, ("int4", "fp32"): 0.6, ("int8", "int8"): 0.1}
 

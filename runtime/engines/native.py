@@ -101,11 +101,13 @@ class Files:
     places: Mapping[str, Weight]
     bytes: int  # of the weights
     type: Type  # of activations
+    narrow: bool  # whether attention multiplies int8
 
     def graph(self, shapes: models.Shapes) -> Graph:
         """The network for inputs of these shapes.  Raises BundleError."""
         try:
-            return models.build(self.component, self.config, shapes, self.type, self.outputs)
+            graph = models.build(self.component, self.config, shapes, self.type, self.outputs)
+            return graph.narrowed() if self.narrow else graph
         except GraphError as error:
             raise BundleError(f"{self.folder}: {error}") from None
 
@@ -151,10 +153,11 @@ def _open_files(bundle: Bundle, component: str) -> Files:
         packed = models.weights(component, spec.config, spec.outputs)
     except GraphError as error:
         raise BundleError(f"{folder}: {error}") from None
-    places = read_index(folder, packed, bundle.activations(component) == INT8)
+    narrow = bundle.activations(component) == INT8
+    places = read_index(folder, packed, narrow)
     _check_types(folder, packed, places, kind)
     size = (folder / WEIGHTS).stat().st_size
-    return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind)
+    return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind, narrow)
 
 
 def _uses_winograd(places: Mapping[str, Weight], isa: str | None, node: Node) -> bool:
