@@ -1262,10 +1262,11 @@ def data_folder() -> Path:
 
 
 def command_line() -> str:
-    """The command as a reader would type it: no places of this machine but what was given."""
+    """The command as a reader would type it: places of this machine are only their last names."""
     import shlex
 
-    return printable(shlex.join(["ferrotype", *sys.argv[1:]]))[:4000]
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    return printable(shlex.join(["ferrotype", *words]))[:4000]
 
 
 def write_text(path: Path, text: str, force: bool) -> None:

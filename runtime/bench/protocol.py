@@ -23,6 +23,7 @@ from .results import Protocol as Description
 from .results import Sample
 from .sensors import Sensors, speed_probe
 from .statistics import median_interval, paired_ratio
+from .verdict import fewest_rounds
 
 FEWEST = 8  # rounds before an interval may end the run: below, ranks say too little
 
@@ -103,7 +104,8 @@ class Outcome:
         alive = [s for name, s in self.samples.items() if name not in self.errors]
         at = self.limits
         times = [[sample.seconds for sample in found] for found in alive]
-        if not times or min(map(len, times)) < FEWEST:
+        fewest = max(FEWEST, fewest_rounds(len(times) - 1))
+        if not times or min(map(len, times)) < fewest:
             return False
         if any(median_interval(t, at.confidence).half > at.target for t in times):
             return False

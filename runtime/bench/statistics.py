@@ -90,6 +90,11 @@ def unpaired_ratio(ours: Sequence[float], theirs: Sequence[float], confidence: f
     return _between(differences, _rank_sum(len(a), len(b), 1 - confidence))
 
 
+def fewest_pairs(alpha: float) -> int:
+    """Pairs from which on a ratio has an interval at that confidence: all may be on one side."""
+    return math.ceil(math.log2(2 / alpha))
+
+
 def drift(times: Sequence[float], values: Sequence[float]) -> Drift | None:
     """How far `values` moved between the first and the last of `times`; None of too few."""
     if len(values) < FEWEST_FOR_DRIFT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..memory import MIB
@@ -50,6 +50,12 @@ def duration(seconds: float) -> str:
     return f"{_digits(seconds / 1e-6)} us"
 
 
+def on_axis(high: float) -> Callable[[float], str]:
+    """How durations are written along an axis up to `high`: all in one unit."""
+    unit, name = next((u for u in ((1.0, "s"), (1e-3, "ms")) if high >= u[0]), (1e-6, "us"))
+    return lambda seconds: f"{seconds / unit:g} {name}" if seconds else "0"
+
+
 def _digits(value: float) -> str:
     decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:,.{decimals}f}"
@@ -78,8 +84,8 @@ def summary(result: Result) -> Table:
     energy = any(s.joules is not None for v in result.variants for s in v.samples)
     head = ["", "picture", interval_title(result), *(stage_title(s) for s in stages), "memory"]
     head += ["energy"] if energy else []
-    head += [f"to {result.measured[0].name}"] if len(result.measured) > 1 else []
     found = {v.other: v for v in verdict.verdicts(result)}
+    head += ["to the first"] if found else []
     rows = []
     for variant in result.variants:
         if not variant.samples:
@@ -90,7 +96,7 @@ def summary(result: Result) -> Table:
         row += [_stage(variant, stage) for stage in stages]
         row += [mib(variant.peak)]
         row += [joules(variant)] if energy else []
-        if len(result.measured) > 1:
+        if found:
             one = found.get(variant.name)
             row += [verdict.times(one.ratio) if one else "1.00x"]
         rows.append(tuple(row))
@@ -150,7 +156,7 @@ def profile(found: Sequence[OpTime]) -> Table:
         count = sum(entry.count for entry in rest)
         rows.append(("the others", "", str(count), duration(seconds), f"{seconds / total:.0%}",
                      "", "", "", ""))  # fmt: skip
-    head = ("op", "in", "times", "together", "of all", "GFLOP", "MB", "GFLOP/s", "of the ceiling")
+    head = ("op", "in", "times", "together", "of all", "MFLOP", "MB", "GFLOP/s", "of the ceiling")
     return Table(head, tuple(rows), texts=2)
 
 
@@ -159,8 +165,8 @@ def _op_row(entry: OpTime, total: float) -> tuple[str, ...]:
     return (
         entry.op, TITLES.get(entry.component, entry.component), str(entry.count),
         duration(entry.seconds), f"{entry.seconds / total:.0%}",
-        f"{entry.flop / 1e9:,.2f}" if entry.flop else "-", f"{entry.bytes / 1e6:,.1f}",
-        f"{rate:,.0f}" if rate else "-", "-" if entry.share is None else f"{entry.share:.0%}",
+        _digits(entry.flop / 1e6) if entry.flop else "-", f"{entry.bytes / 1e6:,.1f}",
+        _digits(rate) if rate else "-", "-" if entry.share is None else f"{entry.share:.0%}",
     )  # fmt: skip
 
 
@@ -178,13 +184,18 @@ def listing(results: Sequence[Result]) -> Table:
 
 
 def sentences(result: Result) -> Iterator[str]:
-    """Every verdict; what it was compared with first."""
-    for found in verdict.verdicts(result):
-        yield found.text
+    """Every verdict, or the time of a picture where there is nothing to compare."""
+    found = verdict.verdicts(result)
+    known = [one for one in found if one.word != verdict.UNKNOWN]
+    yield from (one.text for one in known)
+    if len(known) < len(found):
+        needed = verdict.fewest_rounds(len(found))
+        yield (f"too few rounds for a verdict: {result.protocol.rounds}, at least {needed} are "
+               "needed: allow more --seconds")  # fmt: skip
     if len(result.measured) == 1:
         [only] = result.measured
         total = median_interval(only.totals, result.protocol.confidence)
-        wide = f", {result.protocol.confidence:.0%} sure of {bounds(total)}"
+        wide = f" ({result.protocol.confidence:.0%} interval {bounds(total)})"
         yield (f"{only.name}: a picture in {duration(total.middle)}"
                f"{wide if math.isfinite(total.high) else ''}")  # fmt: skip
 

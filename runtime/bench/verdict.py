@@ -11,8 +11,8 @@ from .results import Result, Sample, Variant
 from .statistics import (
     Interval,
     drift,
+    fewest_pairs,
     median,
-    median_interval,
     outliers,
     paired_ratio,
     unpaired_ratio,
@@ -51,7 +51,7 @@ class Verdict:
         if self.word == SAME:
             return (f"no difference shown between {self.base} and {self.other}: "
                     f"{times(self.ratio)} the time")  # fmt: skip
-        return f"too few rounds to compare {self.other} with {self.base}: at least 8 are needed"
+        return f"too few rounds to compare {self.other} with {self.base}"
 
 
 def times(ratio: Interval) -> str:
@@ -71,21 +71,38 @@ def word(ratio: Interval) -> str:
 
 
 def verdicts(result: Result, stage: str = "") -> list[Verdict]:
-    """Every variant against the first, of rounds in which both took their turn.
+    """Every variant against the first that did the same work, of rounds in which both took turns.
 
     `stage`: of one stage alone.
     """
-    base, *others = result.measured or (None,)
-    if base is None:
-        return []
-    confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))  # all of them hold at once
+    pairs = [(base, other) for base, *others in by_work(result) for other in others]
+    confidence = 1 - doubt(len(pairs))
     found = []
-    for other in others:
+    for base, other in pairs:
         ours, theirs = in_turn(other, base, stage)
         if ours:
             ratio = paired_ratio(ours, theirs, confidence)
             found.append(Verdict(base.name, other.name, word(ratio), ratio))
     return found
+
+
+def by_work(result: Result) -> list[list[Variant]]:
+    """Variants that have samples, those with pictures of the same size and steps together."""
+    groups: dict[tuple, list[Variant]] = {}
+    for variant in result.measured:
+        work = tuple(variant.settings.get(key) for key in ("size", "steps"))
+        groups.setdefault(work, []).append(variant)
+    return list(groups.values())
+
+
+def doubt(comparisons: int) -> float:
+    """Chance of a wrong word in each, so that together they have no more than one in a hundred."""
+    return (1 - CONFIDENCE) / max(1, comparisons)
+
+
+def fewest_rounds(comparisons: int) -> int:
+    """Below, there is no verdict."""
+    return fewest_pairs(doubt(comparisons))
 
 
 def in_turn(ours: Variant, theirs: Variant, stage: str = "") -> tuple[list[float], list[float]]:
@@ -102,17 +119,23 @@ def _seconds(sample: Sample, stage: str) -> float:
 def compare(base: Result, other: Result) -> list[Verdict]:
     """Variants that did the same work in two results, the second against the first.
 
-    They were not measured in turn: what the machine did meanwhile is not known, so the interval is
-    APART wider on either side, and by what a bare loop says of the machine's own speed it is noted.
+    They did not take turns, and what the machine did meanwhile is not known: so the interval is
+    APART wider on either side, and on the same machine as much wider as a bare loop ran faster or
+    slower.
     """
     pairs = matched(base, other)
-    confidence = 1 - (1 - CONFIDENCE) / max(1, len(pairs))
+    confidence = 1 - doubt(len(pairs))
     found = []
     for a, b in pairs:
         ratio = unpaired_ratio(b.totals, a.totals, confidence)
-        wider = Interval(ratio.middle, ratio.low * (1 - APART), ratio.high * (1 + APART))
-        labels = _labels(base, other, a, b)
-        found.append(Verdict(*labels, word(wider), wider, tuple(_speeds(base, other, a, b))))
+        speed = _speed(base, other, a, b)
+        wider = Interval(
+            ratio.middle,
+            ratio.low * (1 - APART) * min(1.0, speed),
+            ratio.high * (1 + APART) * max(1.0, speed),
+        )
+        notes = (_speed_note(speed),) if abs(speed - 1) >= DRIFT else ()
+        found.append(Verdict(*_labels(base, other, a, b), word(wider), wider, notes))
     return found
 
 
@@ -139,18 +162,18 @@ def _labels(base: Result, other: Result, a: Variant, b: Variant) -> tuple[str, s
     return f"{a.name} of {base.id[:8]}", f"{b.name} of {other.id[:8]}"
 
 
-def _speeds(base: Result, other: Result, a: Variant, b: Variant) -> list[str]:
-    if base.machine.name != other.machine.name or base.machine.cpu != other.machine.cpu:
-        return []
+def _speed(base: Result, other: Result, a: Variant, b: Variant) -> float:
+    """How fast the machine itself was in the second result, to the first; 1 if that is unknown."""
+    if base.machine.cpu != other.machine.cpu or base.machine.name != other.machine.name:
+        return 1.0  # another machine: its speed is what is asked for
     speeds = [[s.speed for s in v.samples if s.speed] for v in (a, b)]
-    if not all(speeds):
-        return []
-    change = median(speeds[1]) / median(speeds[0]) - 1
-    if abs(change) < DRIFT:
-        return []
-    how = "faster" if change > 0 else "slower"
-    return [f"the machine itself was {abs(change):.0%} {how} in the second run, by a bare loop: "
-            "measure both in one run to compare them"]  # fmt: skip
+    return median(speeds[1]) / median(speeds[0]) if all(speeds) else 1.0
+
+
+def _speed_note(speed: float) -> str:
+    how = "faster" if speed > 1 else "slower"
+    return (f"the machine itself was {abs(speed - 1):.0%} {how} in the second run, by a bare loop, "
+            "and intervals are as much wider: to be sure, measure both in one run")  # fmt: skip
 
 
 # --- whether a run can be trusted ---------------------------------------------------------------
@@ -241,8 +264,3 @@ def spread(values: Sequence[float]) -> float:
     ordered = sorted(values)
     low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.9))
     return (high - low) / median(ordered)
-
-
-def summary(values: Sequence[float], confidence: float) -> Interval:
-    """The median with its interval."""
-    return median_interval(values, confidence)
