@@ -7,6 +7,7 @@ it measured, once in a while before.
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from .results import Result, dumps, loads
 
 APPLICATION = 0x46455252  # "FERR", in the file's header
 VERSION = 1
+ROOM = 1 << 20  # bytes that a result may take
 WAIT = 10.0  # seconds for another process that writes
 TABLE = """
     create table results (
@@ -37,11 +39,15 @@ class Store:
     def check(self) -> None:
         """Raise StoreError, before anything is measured, if no result could be kept."""
         with self._open(create=True) as connection:
-            connection.execute("begin immediate")
-            # Only a write tells: a file may be opened on a disk that is full or read-only.
-            connection.execute("create table probe (filler blob)")
-            connection.execute("insert into probe values (zeroblob(65536))")
+            [[state]] = connection.execute("pragma quick_check(1)")
+            if state != "ok":
+                raise sqlite3.DatabaseError("malformed")
+            connection.execute("begin immediate")  # nobody else holds it
             connection.execute("rollback")
+            # Only a write tells: a file may be opened on a disk that is full or read-only.
+            with tempfile.TemporaryFile(dir=self.path.parent) as file:
+                file.write(bytes(ROOM))
+                file.flush()
 
     def put(self, result: Result) -> None:
         """Keep a result; of the same id, as while it is measured, the newest."""
@@ -105,8 +111,10 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(self._explain(error)) from None
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be made: {error.strerror or error}; pass --store "
-                             "with another place, or --no-store") from None  # fmt: skip
+            raise StoreError(
+                f"{self.path} cannot be written ({error.strerror or error}): make room, or pass "
+                "--store with another place, or --no-store"
+            ) from None
         finally:
             if connection is not None:
                 connection.close()
