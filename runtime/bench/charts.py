@@ -254,11 +254,12 @@ def _speed(
 def sizes(results: Sequence[Result], width: int) -> Canvas | None:
     """Latency by the picture's size, a line for each of what else was varied."""
     lines: dict[str, list[tuple[float, Interval, str]]] = {}
+    names: dict[object, str] = {}
     for bar in bars_of(results):
         text = str(bar.variant.settings.get("size", ""))
-        pixels = _pixels(text)
-        if pixels:
-            name = " ".join(p for p in bar.label.split() if not p.startswith("size=")) or "picture"
+        if pixels := _pixels(text):
+            label = " ".join(p for p in bar.label.split() if not p.startswith("size="))
+            name = names.setdefault(_but_for_size(bar), label or bar.variant.model)
             total = median_interval(bar.variant.totals, bar.result.protocol.confidence)
             lines.setdefault(name, []).append((pixels / 1e6, total, text))
     lines = {name: sorted(points, key=lambda p: p[0]) for name, points in lines.items()}
@@ -283,6 +284,13 @@ def sizes(results: Sequence[Result], width: int) -> Canvas | None:
     frame.marks(lambda t: f"{t:g}", "megapixels")
     canvas.height = frame.bottom + 44
     return canvas
+
+
+def _but_for_size(bar: Bar) -> tuple[object, ...]:
+    """What bars have in common that differ in size alone."""
+    v = bar.variant
+    rest = sorted((k, str(value)) for k, value in v.settings.items() if k != "size")
+    return bar.result.id, v.engine, v.model, v.weights, v.activations, v.bundle_sha256, *rest
 
 
 def _pixels(text: str) -> int:

@@ -72,7 +72,11 @@ def _lead(results: Sequence[Result]) -> str:
     """What was found, in words, for those who read no further."""
     if len(results) > 1:
         machines = list(dict.fromkeys(r.machine.name for r in results))
-        return f'<p class="lead">{len(results)} results of {escape(", ".join(machines))}</p>'
+        said = [f"{len(results)} results of {', '.join(machines)}"]
+        first, *others = results
+        said += [v.text for r in others if r.machine.name != first.machine.name
+                 for v in verdict.compare(first, r) if v.word != verdict.UNKNOWN]  # fmt: skip
+        return f'<ul class="lead">{"".join(f"<li>{escape(text)}</li>" for text in said)}</ul>'
     said = "".join(f"<li>{escape(text)}</li>" for text in tables.sentences(results[0]))
     return f'<ul class="lead">{said}</ul>'
 
@@ -80,7 +84,8 @@ def _lead(results: Sequence[Result]) -> str:
 def _result(result: Result, whole: bool) -> str:
     """A result's plots and tables; `whole`: it has the page for itself."""
     head = "" if whole else (
-        f'<h2 class="device">{escape(result.machine.name)}</h2>'
+        f'<h2 class="device">{escape(result.machine.name)} '
+        f'<small>{result.created[:10]}, {result.id[:8]}</small></h2>'
         + "".join(f"<p>{escape(text)}</p>" for text in tables.sentences(result))
     )  # fmt: skip
     notes = "".join(f"<li>{escape(text)}</li>" for text in verdict.warnings(result))
