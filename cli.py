@@ -1125,13 +1125,13 @@ def bench_run(
         watch = stack.enter_context(BenchProgress(seconds, kept))
         try:
             result = runs.run(chosen, limits, watch.told, watch.stage, machine, command_line())
-            if kept:
-                kept.put(result)
+            watch.keep(result)
             found = {}
             if profile and result.protocol.stopped != "interrupted":
                 watch.stage("ops")
                 found = {v.name: runs.profile(v.name, chosen[v.name]) for v in result.measured}
                 result = runs.with_ops(result, found)
+                watch.keep(result)
         except RunnerError as error:
             if error.usage:
                 raise click.UsageError(printable(str(error))) from error
@@ -1140,15 +1140,16 @@ def bench_run(
     click.echo(shown.rstrip("\n"))
     for note in verdict.warnings(result):
         click.echo(f"note: {printable(note)}", err=True)
-    if kept:
-        kept.put(result)
-        click.echo(f"kept as {result.id[:8]} in {kept.path}", err=True)
     if found:
         from .runtime.bench import trace
 
         write_text(profile, trace.dumps(list(found.values())), force)
     if output:
         write_text(output, dumps(result), force)
+    if watch.failed:
+        raise watch.failed
+    if kept:
+        click.echo(f"kept as {result.id[:8]} in {kept.path}", err=True)
     if result.protocol.stopped == "interrupted":
         sys.exit(130)
     if any(variant.error for variant in result.variants):
@@ -1447,7 +1448,10 @@ def bench_list(store, as_json):
 
 
 class BenchProgress:
-    """What is known so far, on stderr if a person is watching; kept once in a while."""
+    """What is known so far, on stderr if a person is watching; kept once in a while.
+
+    What cannot be kept ends no measurement: `failed` is the reason, for when it is over.
+    """
 
     EVERY = 5.0  # seconds
 
@@ -1459,6 +1463,16 @@ class BenchProgress:
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._shown, self._store, self._seconds = console.is_terminal, store, seconds
         self._kept = time.monotonic()
+        self.failed: FerrotypeError | None = None
+
+    def keep(self, result: Any) -> None:
+        """Put what is known into the store."""
+        if self._store:
+            try:
+                self._store.put(result)
+                self.failed = None
+            except FerrotypeError as error:
+                self.failed = error
 
     def __enter__(self) -> BenchProgress:
         if self._shown:
@@ -1476,9 +1490,9 @@ class BenchProgress:
 
     def told(self, result: Any) -> None:
         """A round is over."""
-        if self._store and time.monotonic() - self._kept > self.EVERY:
+        if time.monotonic() - self._kept > self.EVERY:
             self._kept = time.monotonic()
-            self._store.put(result)
+            self.keep(result)
         if self._shown:
             self._live.update(self._text(result), refresh=True)
 
