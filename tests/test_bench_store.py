@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -48,20 +50,26 @@ def test_a_result_is_read_back_as_it_was(found):
 
 
 def test_the_least_that_another_program_writes_is_read():
-    """What docs/bench.md says an app must write, and nothing else."""
-    text = """{
-        "format": "ferrotype-bench", "version": 1, "id": "0123456789abcdef",
-        "created": "2026-11-26T08:30:00Z", "tool": "an app 1.0",
-        "machine": {"name": "my phone", "cpu": "a chip", "system": "Android 17", "cores": 8},
-        "protocol": {"rounds": 1, "warmup": 1, "confidence": 0.95, "stopped": "rounds",
-                     "elapsed": 3},
-        "variants": [{"name": "w8", "engine": "native", "model": "sd15", "samples": [
-            {"round": 0, "start": 0, "seconds": 2.5,
-             "stages": {"load": [0.1], "unet": [1, 1], "vae_decoder": [0.4]}}]}]
-    }"""
-    read = results.loads(text)
+    """What docs/bench.md says that an app must write, and nothing else."""
+    document = (Path(results.__file__).parents[2] / "docs" / "bench.md").read_text()
+    read = results.loads(document.split("```json")[1].split("```")[0])
     assert read.variants[0].unet_steps == [[1.0, 1.0]]
     assert same(results.loads(results.dumps(read)), read)
+
+
+def test_every_field_is_documented():
+    document = (Path(results.__file__).parents[2] / "docs" / "bench.md").read_text()
+    rows = document.split("## The JSON, version 1")[1].split("The least that is read")[0]
+    kinds = (
+        results.Result, results.Machine, results.Protocol, results.Variant, results.Sample,
+        results.StageMemory, results.Timeline, results.Quality, results.OpTime,
+    )  # fmt: skip
+    for kind in kinds:
+        for entry in dataclasses.fields(kind):
+            assert f"`{entry.name}`" in rows, f"{kind.__name__}.{entry.name}"
+            missing = entry.default is entry.default_factory is dataclasses.MISSING
+            if missing and kind not in (results.Timeline, results.Quality):
+                assert f"`{entry.name}`*" in rows, f"{kind.__name__}.{entry.name} must be there"
 
 
 def broken(raw, *path, value):
@@ -230,7 +238,7 @@ def test_a_newer_store_is_left_alone(store, found):
 @pytest.mark.parametrize("place", ["/proc/ferrotype/bench.sqlite", "/dev/null/bench.sqlite"])
 def test_a_place_where_nothing_can_be_written(place):
     with pytest.raises(StoreError, match="pass --store"):
-        Store(results.Path(place)).check()
+        Store(Path(place)).check()
 
 
 FULL = """

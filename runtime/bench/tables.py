@@ -82,7 +82,9 @@ def summary(result: Result) -> Table:
     """A row per variant: the picture, its stages, memory, and how it compares."""
     stages = stages_of(result)
     energy = any(s.joules is not None for v in result.variants for s in v.samples)
-    head = ["", "picture", interval_title(result), *(stage_title(s) for s in stages), "memory"]
+    head = ["", "picture", interval_title(result), *(stage_title(s) for s in stages)]
+    peaks = any(v.peak is not None for v in result.variants)
+    head += ["memory"] if peaks else []
     head += ["energy"] if energy else []
     found = {v.other: v for v in verdict.verdicts(result)}
     head += ["to the first"] if found else []
@@ -94,7 +96,7 @@ def summary(result: Result) -> Table:
         total = median_interval(variant.totals, result.protocol.confidence)
         row = [variant.name, duration(total.middle), bounds(total)]
         row += [_stage(variant, stage) for stage in stages]
-        row += [mib(variant.peak)]
+        row += [mib(variant.peak)] if peaks else []
         row += [joules(variant)] if energy else []
         if found:
             one = found.get(variant.name)
