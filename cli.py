@@ -1216,7 +1216,8 @@ def bench_text(result: Any) -> str:
     from .runtime.bench import run as runs
     from .runtime.bench import tables
 
-    parts = [runs.machine_text(result.machine), tables.how(result), grid(tables.summary(result))]
+    summary = grid(tables.summary(result), terminal_width())
+    parts = [runs.machine_text(result.machine), tables.how(result), summary]
     memory = tables.memory(result)
     parts += [grid(memory)] if memory.rows else []
     for variant in result.variants:
@@ -1225,8 +1226,16 @@ def bench_text(result: Any) -> str:
     return "\n\n".join([*parts, "\n".join(tables.sentences(result))])
 
 
-def grid(table: Any) -> str:
-    """A table as text, figures aligned right."""
+def grid(table: Any, room: int | None = None) -> str:
+    """A table as text, figures aligned right; turned if it is wider than `room` and narrower so."""
+    text = _grid(table)
+    if room is not None and _width(text) > room:
+        turned = _grid(table.turned)
+        text = min(text, turned, key=_width)
+    return text
+
+
+def _grid(table: Any) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -1242,6 +1251,16 @@ def grid(table: Any) -> str:
     console = Console(file=stream, width=400, force_terminal=color, markup=False, highlight=False)
     console.print(made)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+
+
+def _width(text: str) -> int:
+    """Columns of the widest line, without what colours it."""
+    return max(len(line) for line in click.unstyle(text).split("\n"))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None if it is none."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
 
 
 def open_store(path: Path | None) -> Any:
@@ -1505,7 +1524,8 @@ class BenchProgress:
         head = f"round {p.rounds}, {p.elapsed:.0f} of at most {self._seconds:.0f} s"
         if p.target:
             head += f"; until intervals are within {p.target:.0%}"
-        return Text.from_ansi(f"{head}\n{grid(tables.summary(result))}")
+        shown = grid(tables.summary(result), self._live.console.width)
+        return Text.from_ansi(f"{head}\n{shown}")
 
 
 def open_bundle(path: Path | None) -> Bundle:

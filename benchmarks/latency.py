@@ -46,12 +46,12 @@ def prepare(folder: Path, name: str) -> Path:
     out, options = folder / f"{name}.ferro", PRECISIONS[name]
     if out.exists():
         return out
-    if not options:
-        command = ("convert", str(EMOJI), "-o", str(out), "--target", "native")
-    else:
+    if options:
         source = prepare(folder, "bf16")
-        command = ("quantize", str(source), "-o", str(out), *options)
-    measure.run(*measure.ferrotype(*command))
+        measure.run(*measure.ferrotype("quantize", str(source), "-o", str(out), *options))
+    else:
+        command = ("convert", str(EMOJI), "-o", str(out), "--target", "native")
+        measure.run(*measure.ferrotype(*command))
     return out
 
 

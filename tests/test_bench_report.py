@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ferrotype import cli
 from ferrotype.runtime.bench import charts, report, results, svg, tables, trace, verdict
 from ferrotype.runtime.bench.results import OpTime, Sample
 from ferrotype.runtime.bench.run import Profiled, op_times
@@ -206,6 +207,34 @@ def test_little_is_enough_for_a_page(browse, tmp_path):
     nothing = replace(only, samples=(), error="it does not fit")
     page = browse(written(tmp_path, report.page([result(nothing)])))
     assert "app ended early: it does not fit" in page.tab.inner_text("aside")
+
+
+def test_what_the_system_shows_is_shown(browse, tmp_path):
+    shown = {
+        "joules": lambda part: 12.0, "mhz": lambda part: 3000 - 200 * part,
+        "celsius": lambda part: 60 + 20 * part, "speed": lambda part: 2e11,
+        "waited": lambda part: 0.01,
+    }  # fmt: skip
+    taken = result(variant("a", samples(rng(), 1.0, **shown)))
+    taken = replace(taken, machine=replace(taken.machine, energy="RAPL"))
+    page = browse(written(tmp_path, report.page([taken])))
+    assert "energy\t12 J\t12 to 12 J" in page.tab.inner_text(".figures table")
+    about = page.tab.inner_text(".about")
+    for text in ("clock 2,900 MHz, at least 2,800", "at most 80 °C", "at 200 G operations/s",
+                 "waited 1% of the time", "energy by RAPL"):  # fmt: skip
+        assert text in about
+    assert "12 J" in tables.summary(taken).markdown()
+
+
+def test_a_table_is_turned_where_there_is_no_room(found):
+    table = tables.summary(found)
+    wide = cli.grid(table, 500)
+    narrow = cli.grid(table, 80)
+    assert wide == cli.grid(table)
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, wide.splitlines()))
+    assert narrow.splitlines()[0].split() == ["bf16", "w8", "w8", "small"]
+    figures = {text for row in table.rows for text in row[1:]}
+    assert all(text in narrow for text in figures)
 
 
 # --- pictures and tables ------------------------------------------------------------------------

@@ -360,38 +360,72 @@ def _stage_marks(
 
 
 def frontier(results: Sequence[Result], width: int) -> Canvas | None:
-    """Quality, size and speed together: up is nearer to the original, left is smaller."""
-    bars = _fastest([b for b in bars_of(results) if b.variant.quality and b.variant.bundle_bytes])
-    points = []
-    for bar in bars:
-        quality, size = bar.variant.quality, bar.variant.bundle_bytes
-        assert quality is not None
-        points.append((bar, (size or 0) / MIB, quality.mean_psnr))
-    qualities = [bar.variant.quality for bar in bars if bar.variant.quality]
-    curve = [(size / MIB, db) for quality in qualities for size, db in quality.frontier]
-    if len(points) + len(curve) < 2:
+    """Quality, size and speed of every bundle: up is nearer to the original, left is smaller.
+
+    The line joins those that no other is better than in both; the original is at the right.
+    """
+    bars = _fastest([b for b in bars_of(results) if b.variant.bundle_bytes])
+    points = [(b, (b.variant.bundle_bytes or 0) / MIB, b.variant.quality.mean_psnr)
+              for b in bars if b.variant.quality]  # fmt: skip
+    if len(points) < 2:
         return None
+    models = {bar.variant.model for bar, _, _ in points}
+    originals = [b for b in bars if not b.variant.quality and b.variant.model in models]
     canvas = Canvas(width, title="Quality, size and speed")
-    every = [(x, y) for _, x, y in points] + curve
-    xs, ys = [x for x, _ in every], [y for _, y in every]
-    pad = max(max(ys) - min(ys), 4) * 0.15
-    frame = Frame(canvas, 56, 20, 250, (0, max(xs) * 1.25), (min(ys) - pad, max(ys) + pad))
+    sizes_ = [(b.variant.bundle_bytes or 0) / MIB for b in bars]
+    ys = [y for _, _, y in points]
+    pad = max(max(ys) - min(ys), 4) * 0.25
+    frame = Frame(canvas, 56, 36, 260, (0, max(sizes_) * 1.12), (min(ys) - pad, max(ys) + pad))
     frame.rules(lambda db: f"{db:g} dB")
-    if len(curve) > 1:
-        places = [(frame.x(x), frame.y(y)) for x, y in sorted(curve)]
-        canvas.path(places, color="quiet", dash="4 3")
-    for i, (bar, x, y) in enumerate(points):
-        time = median(bar.variant.totals)
-        color = SERIES[i % 6]
-        text = shortened(f"{bar.label}: {duration(time)}", width * 0.55)
-        canvas.dot(frame.x(x), frame.y(y), 6, color, f"{bar.label}: {x:,.1f} MiB, {y:.1f} dB")
-        wide = width_of(text)
-        right = frame.x(x) + 11 + wide < width
-        canvas.text(frame.x(x) + (11 if right else -11), frame.y(y) + 4, text,
-                    anchor="start" if right else "end")  # fmt: skip
-    frame.marks(lambda t: f"{t:g} MiB")
+    frame.marks(lambda size: f"{size:g} MiB" if size else "0")
+    taken = [_original(canvas, frame, bar) for bar in originals]
+    best = [(x, y) for _, x, y in points
+            if not any(a <= x and b >= y and (a, b) != (x, y) for _, a, b in points)]  # fmt: skip
+    canvas.path([(frame.x(x), frame.y(y)) for x, y in sorted(best)], color="quiet", dash="4 3")
+    taken += [(frame.x(x) - 8, frame.y(y) - 8, frame.x(x) + 8, frame.y(y) + 8)
+              for _, x, y in points]  # fmt: skip
+    for i, (bar, x, y) in enumerate(sorted(points, key=lambda p: -p[2])):
+        about = f"{bar.label}: {duration(median(bar.variant.totals))}"
+        told = f"{about}, {x:,.1f} MiB, {y:.1f} dB"
+        canvas.dot(frame.x(x), frame.y(y), 6, SERIES[i % 6], told)
+        taken.append(_beside(canvas, shortened(about, width * 0.5), frame.x(x), frame.y(y), taken))
     canvas.height = frame.bottom + AXIS
     return canvas
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _original(canvas: Canvas, frame: Frame, bar: Bar) -> Box:
+    """A line at its size: it has no distance to itself."""
+    x = frame.x((bar.variant.bundle_bytes or 0) / MIB)
+    text = shortened(f"{bar.label}, the original: {duration(median(bar.variant.totals))}",
+                     canvas.width - 60)  # fmt: skip
+    canvas.line(x, frame.top - 8, x, frame.bottom, color="quiet", dash="2 3")
+    right = min(canvas.width, x + width_of(text) / 2)
+    canvas.text(right, frame.top - 16, text, anchor="end", color="quiet")
+    return right - width_of(text), frame.top - 30, right, frame.top - 12
+
+
+def _beside(canvas: Canvas, text: str, x: float, y: float, taken: Sequence[Box]) -> Box:
+    """Write beside a dot, at the first side where nothing else is."""
+    wide = width_of(text)
+    places = [
+        (x + 11, y + 4),
+        (x - 11 - wide, y + 4),
+        (x - wide / 2, y + 24),
+        (x - wide / 2, y - 14),
+    ]
+    boxes = [(left, base - 11, left + wide, base + 3) for left, base in places]
+    free = [box for box in boxes if box[0] >= 0 and box[2] <= canvas.width
+            and not any(_overlap(box, other) for other in taken)]  # fmt: skip
+    box = (free or boxes)[0]
+    canvas.text(box[0], box[3] - 3, text)
+    return box
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _fastest(bars: Sequence[Bar]) -> list[Bar]:

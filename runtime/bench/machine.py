@@ -16,6 +16,7 @@ from ... import kernels
 from ..._version import __version__
 from ..engines.native import cores
 from .results import MAX_TEXT, Machine
+from .sensors import Sensors
 
 UNITS = (
     "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",  # as Linux spells them
@@ -40,6 +41,7 @@ def describe(
         memory_bytes=memory_bytes(),
         virtual="hypervisor" in flags(info) if info else None,
         governor=_plain(governor) or None,
+        energy=Sensors(root).source or None,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         versions=versions(packages),
     )

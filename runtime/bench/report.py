@@ -50,8 +50,8 @@ def picture(results: Sequence[Result], plot: str | None) -> str:
 
     Raises ValueError for a plot that there is not, or that has nothing to show.
     """
-    known = {name: _draw(name, results, WIDE) for name in charts.PLOTS}
-    known = {name: canvas for name, canvas in known.items() if canvas is not None}
+    drawn = {name: _draw(name, results, WIDE) for name in charts.PLOTS}
+    known = {name: canvas for name, canvas in drawn.items() if canvas is not None}
     name = plot or "stages"
     if name not in known:
         raise ValueError(f"there is no plot {name[:40]!r} of these results, only: "
@@ -76,9 +76,9 @@ def _lead(results: Sequence[Result]) -> str:
         first, *others = results
         said += [v.text for r in others if r.machine.name != first.machine.name
                  for v in verdict.compare(first, r) if v.word != verdict.UNKNOWN]  # fmt: skip
-        return f'<ul class="lead">{"".join(f"<li>{escape(text)}</li>" for text in said)}</ul>'
-    said = "".join(f"<li>{escape(text)}</li>" for text in tables.sentences(results[0]))
-    return f'<ul class="lead">{said}</ul>'
+    else:
+        said = list(tables.sentences(results[0]))
+    return f'<ul class="lead">{"".join(f"<li>{escape(text)}</li>" for text in said)}</ul>'
 
 
 def _result(result: Result, whole: bool) -> str:
@@ -143,6 +143,8 @@ def _figures(result: Result) -> str:
             times = tables.stage_times(variant, stage)
             if times:
                 rows.append(_figure_row(result, variant, stage, times))
+        if known := tables.energies(variant):
+            rows.append(_energy_row(result, known))
     body = _grid(columns, "".join(rows), 1)
     return _section("figures", "Every figure", body)
 
@@ -161,6 +163,17 @@ def _figure_row(result: Result, variant: Variant, stage: str, times: Sequence[fl
     about = f'data-variant="{escape(variant.name)}" data-stage="{escape(stage)}"'
     strong = " class=whole" if stage == "picture" else ""
     return f"<tr{strong} {about}>{''.join(cells)}</tr>"
+
+
+def _energy_row(result: Result, joules: Sequence[float]) -> str:
+    """Of a picture."""
+    ordered = sorted(joules)
+    middle = median_interval(joules, result.protocol.confidence)
+    wide = f"{middle.low:,.3g} to {middle.high:,.3g} J" if middle.low else "-"
+    high = ordered[round(0.9 * (len(ordered) - 1))]
+    values = (f"{middle.middle:,.3g} J", wide, f"{ordered[0]:,.3g} J", f"{high:,.3g} J")
+    cells = "".join(f"<td>{text}</td>" for text in (*values, len(joules)))
+    return f"<tr><td class=t>energy</td>{cells}</tr>"
 
 
 def _seconds(value: float) -> str:
@@ -213,6 +226,7 @@ def _about(result: Result) -> str:
     rows = [
         ("machine", machine_text(result.machine)),
         ("how", tables.how(result)),
+        ("meanwhile", tables.conditions(result)),
         ("when", f"{result.created.replace('T', ' ').rstrip('Z')} UTC"),
         *([("command", result.command)] if result.command else []),
         ("result", f"{result.id}, {result.tool}"),

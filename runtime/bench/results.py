@@ -39,6 +39,7 @@ class Machine:
     memory_bytes: int | None = None
     virtual: bool | None = None  # a guest of a hypervisor, which may take time away
     governor: str | None = None  # of the clock
+    energy: str | None = None  # where it is from: RAPL, battery
     load: float | None = None  # average of the last minute, before
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -130,7 +131,6 @@ class Quality:
 
     mean_psnr: float
     worst_psnr: float
-    frontier: tuple[tuple[int, float], ...] = ()  # bytes of weights, PSNR, of other sizes
 
 
 @dataclass(frozen=True)

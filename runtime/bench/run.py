@@ -154,11 +154,9 @@ def op_times(profiled: Profiled) -> tuple[OpTime, ...]:
     groups: dict[tuple[str, str], list[Sequence]] = {}
     for row in profiled.ops:
         groups.setdefault((row[0], row[2]), []).append(row)
-    found = [
-        OpTime(
-            component, op, len(rows), *(sum(row[i] for row in rows) for i in (5, 6, 7)),
-            profiled.ceilings.get(rows[0][3]),
-        )
-        for (component, op), rows in groups.items()
-    ]  # fmt: skip
+    found = []
+    for (component, op), rows in groups.items():
+        seconds, flop, moved = (sum(row[i] for row in rows) for i in (5, 6, 7))
+        ceiling = profiled.ceilings.get(rows[0][3])
+        found.append(OpTime(component, op, len(rows), seconds, flop, moved, ceiling))
     return tuple(sorted(found, key=lambda entry: -entry.seconds))

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -159,7 +159,7 @@ def examine(settings: Settings) -> Facts:
             for name in {**predicted, **stages}
         ),
         timeline=_timeline(memory.get("timeline")),
-        quality=_quality(facts["quality"]),
+        quality=facts["quality"] and Quality(**facts["quality"]),
     )  # fmt: skip
 
 
@@ -168,13 +168,6 @@ def _timeline(raw: Any) -> Timeline | None:
         return None
     stages = tuple((str(name), start, end) for name, start, end in raw["stages"])
     return Timeline(stages, tuple((t, a, f) for t, a, f in raw["samples"]))
-
-
-def _quality(raw: Any) -> Quality | None:
-    if raw is None:
-        return None
-    points = tuple((size, psnr) for size, psnr in raw["frontier"])
-    return Quality(raw["mean_psnr"], raw["worst_psnr"], points)
 
 
 def described(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +188,10 @@ def described(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- settings that vary -------------------------------------------------------------------------
 
-VARY = "threads=1,2  size=256,512  steps=2,4  isa=avx2,avx512  memory=256MiB,1GiB  resident=no,yes"
+VARY = (
+    "threads=1,2  size=256,512  steps=2,4  isa=avx2,avx512  memory=256MiB,1GiB  resident=no,yes  "
+    "guidance=1,7  sampler=lcm,euler  precision=own,w8"
+)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -224,7 +220,7 @@ def _number(text: str) -> float:
         raise ValueError(f"{text[:40]!r} is not a number") from None
 
 
-READ = {
+READ: dict[str, Callable[[str], Any]] = {
     "threads": _whole, "size": _size, "steps": _whole, "isa": str, "memory": parse_bytes,
     "resident": _switch, "guidance": _number, "sampler": str, "precision": str,
 }  # fmt: skip

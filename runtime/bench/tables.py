@@ -27,6 +27,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
 
+    @property
+    def turned(self) -> Table:
+        """Rows as columns: narrower where there are few rows."""
+        head, *rows = zip(self.head, *self.rows, strict=True)
+        return Table(head, tuple(rows))
+
     def markdown(self) -> str:
         lines = [
             self.head,
@@ -69,7 +75,9 @@ def bounds(interval: Interval) -> str:
     """From the low to the high bound; "-" if there are too few values."""
     if not math.isfinite(interval.high):
         return "-"
-    return f"{duration(interval.low)} to {duration(interval.high)}"
+    low, high = duration(interval.low), duration(interval.high)
+    number, unit = low.split()
+    return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
 
 def stages_of(result: Result) -> list[str]:
@@ -127,8 +135,13 @@ def stage_times(variant: Variant, stage: str) -> list[float]:
 
 
 def joules(variant: Variant) -> str:
-    known = [s.joules for s in variant.samples if s.joules is not None]
+    known = energies(variant)
     return f"{median(known):,.3g} J" if known else "-"
+
+
+def energies(variant: Variant) -> list[float]:
+    """Joules of every picture where the system showed them."""
+    return [s.joules for s in variant.samples if s.joules is not None]
 
 
 def memory(result: Result) -> Table:
@@ -217,6 +230,32 @@ def how(result: Result) -> str:
             "are medians")  # fmt: skip
 
 
+def conditions(result: Result) -> str:
+    """What the system showed beside the clock while it was measured; "" if nothing."""
+    samples = [sample for variant in result.measured for sample in variant.samples]
+    mhz, celsius, speed, waited = (
+        [value for s in samples if (value := getattr(s, name)) is not None]
+        for name in ("mhz", "celsius", "speed", "waited")
+    )
+    parts = []
+    if mhz:
+        parts.append(f"clock {median(mhz):,.0f} MHz, at least {min(mhz):,.0f}")
+    if celsius:
+        parts.append(f"at most {max(celsius):.0f} °C")
+    if speed:
+        spread = verdict.spread(speed)
+        parts.append(
+            f"a bare loop at {median(speed) / 1e9:,.3g} G operations/s, spread {spread:.0%}"
+        )
+    if waited:
+        parts.append(f"threads waited {sum(waited) / len(waited):.0%} of the time for a core")
+    if result.machine.load is not None:
+        parts.append(f"load {result.machine.load:g} before")
+    energy = result.machine.energy
+    parts.append(f"energy by {energy}" if energy else "no energy shown by the system")
+    return "; ".join(parts)
+
+
 def markdown(results: Sequence[Result]) -> str:
     """A section per result."""
     parts = []
@@ -226,6 +265,8 @@ def markdown(results: Sequence[Result]) -> str:
             parts.append(f"`{result.command}`")
         how_text = how(result)
         parts.append(how_text[0].upper() + how_text[1:] + ".")
+        told = conditions(result)
+        parts.append(f"{told[0].upper()}{told[1:]}.")
         parts.append(summary(result).markdown())
         parts.append("\n".join(f"- {text}" for text in sentences(result)))
         parts += ["\n".join(f"- note: {text}" for text in notes)] if (

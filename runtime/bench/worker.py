@@ -292,13 +292,8 @@ def quality(parity: dict[str, Any]) -> dict[str, Any] | None:
     """From a quantization's report, which is free-form to the format."""
     try:
         told = parity["quantized"]
-        points = told.get("frontier", [])
-        return {
-            "mean_psnr": float(told["mean_psnr"]),
-            "worst_psnr": float(told["worst_psnr"]),
-            "frontier": [[int(p["bytes"]), float(p["psnr"])] for p in points],
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return {name: float(told[name]) for name in ("mean_psnr", "worst_psnr")}
+    except (KeyError, TypeError, ValueError):
         return None
 
 
