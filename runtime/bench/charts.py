@@ -364,7 +364,9 @@ def frontier(results: Sequence[Result], width: int) -> Canvas | None:
 
     The line joins those that no other is better than in both; the original is at the right.
     """
-    bars = _fastest([b for b in bars_of(results) if b.variant.bundle_bytes])
+    bars = bars_of(results)
+    alike = [b for b in bars if verdict.work_of(b.variant) == verdict.work_of(bars[0].variant)]
+    bars = _fastest([bar for bar in alike if bar.variant.bundle_bytes])
     points = [(b, (b.variant.bundle_bytes or 0) / MIB, b.variant.quality.mean_psnr)
               for b in bars if b.variant.quality]  # fmt: skip
     if len(points) < 2:
@@ -429,7 +431,7 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _fastest(bars: Sequence[Bar]) -> list[Bar]:
-    """One of each bundle: its settings change neither quality nor size."""
+    """One of each bundle: other settings change neither quality nor size."""
     found: dict[object, Bar] = {}
     for bar in sorted(bars, key=lambda b: median(b.variant.totals)):
         found.setdefault(bar.variant.bundle_sha256 or bar.label, bar)

@@ -90,9 +90,13 @@ def by_work(result: Result) -> list[list[Variant]]:
     """Variants that have samples, those with pictures of the same size and steps together."""
     groups: dict[tuple, list[Variant]] = {}
     for variant in result.measured:
-        work = tuple(variant.settings.get(key) for key in ("size", "steps"))
-        groups.setdefault(work, []).append(variant)
+        groups.setdefault(work_of(variant), []).append(variant)
     return list(groups.values())
+
+
+def work_of(variant: Variant) -> tuple[object, ...]:
+    """Which pictures it drew: times of others are not to be compared with it."""
+    return tuple(variant.settings.get(key) for key in ("size", "steps"))
 
 
 def doubt(comparisons: int) -> float:
