@@ -24,6 +24,7 @@ APART = 0.02  # what two runs of the same at different times may differ by all t
 CLEAR = 0.01  # chance of as clear a drift by accident
 DRIFT = 0.03  # part of the time by which it must have changed to be told
 SPREAD = 0.10  # between the tenth and the ninetieth of a hundred: beyond, do not quote
+FEWEST = 8  # times that have a spread
 WAITED = 0.05  # part of the time that others had the cores
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference shown", "too few rounds"
 
@@ -189,8 +190,7 @@ def warnings(result: Result) -> list[str]:
     if (moved := _drift(result)) is not None:
         found.append(moved)
     found += _others(result)
-    for variant in result.measured:
-        found += _spread(variant)
+    found += _spread(result)
     for variant in result.variants:
         if variant.error:
             found.append(f"{variant.name} ended early: {variant.error}")
@@ -251,16 +251,18 @@ def _others(result: Result) -> list[str]:
     return found
 
 
-def _spread(variant: Variant) -> list[str]:
-    if len(variant.totals) < 8:
+def _spread(result: Result) -> list[str]:
+    """Whose times are not to be quoted."""
+    known = {v.name: spread(v.totals) for v in result.measured if len(v.totals) >= FEWEST}
+    wide = {name: part for name, part in known.items() if part > SPREAD}
+    if not wide:
         return []
-    wide = spread(variant.totals)
-    if wide <= SPREAD:
-        return []
-    far = outliers(variant.totals)
-    more = f", {far} of {len(variant.totals)} pictures far above the others" if far else ""
-    return [f"{variant.name}: times spread by {wide:.0%}{more}: do not quote its time without the "
-            "interval"]  # fmt: skip
+    low, high = (f"{pick(wide.values()):.0%}" for pick in (min, max))
+    parts = high if low == high else f"{low} to {high}"
+    far = sum(outliers(v.totals) for v in result.measured if v.name in wide)
+    more = f", {far} pictures being far above the others" if far else ""
+    return [f"times of {', '.join(wide)} spread by {parts}{more}: do not quote them without their "
+            "intervals"]  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> float:
