@@ -506,6 +506,28 @@ def test_a_worker_sees_the_same_modules(tmp_path):
         process.close()
 
 
+def test_what_nobody_waits_for_is_not_drawn_to_its_end(monkeypatch):
+    """A picture may take minutes: an interrupt in the middle of one ends the process at once."""
+    process = subjects.Process.open(subjects.Settings(EMBEDDED_ONNX, 1, (64, 64), steps=1))
+    os.kill(process.pid, signal.SIGSTOP)  # as busy as can be
+
+    class Interrupted:
+        close = process._answers.close
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    answers, process._answers = process._answers, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        process.picture(0)
+    killed = []
+    kill = process._process.kill
+    monkeypatch.setattr(process._process, "kill", lambda: (killed.append(True), kill()))
+    process.close()
+    assert killed == [True]
+    assert answers.closed
+
+
 def test_words_of_verdicts_are_those_of_the_documents():
     text = (Path(cli.__file__).parent / "docs" / "bench.md").read_text()
     for word in (verdict.FASTER, verdict.SLOWER, verdict.SAME):

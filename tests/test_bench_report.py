@@ -339,5 +339,7 @@ def test_a_trace_is_what_perfetto_reads():
     assert [e["args"]["layer"] for e in ops] == ["conv_in", "norm", "conv_out"]
     assert all(unet["ts"] <= e["ts"] for e in ops)
     assert all(e["ts"] + e["dur"] <= unet["ts"] + unet["dur"] + 1 for e in ops)
+    assert [e["ts"] for e in ops] == pytest.approx([0.1e6, 0.3e6, 0.35e6])
+    assert [e["dur"] for e in ops] == pytest.approx([0.2e6, 0.05e6, 0.1e6])
     assert ops[0]["args"]["GFLOP/s"] == pytest.approx(20)
     assert ops[0]["args"]["share of the ceiling"] == pytest.approx(0.5)
