@@ -1104,8 +1104,8 @@ def bench_run(
     """
     from .runtime import pictures
     from .runtime.bench import run as runs
-    from .runtime.bench import verdict
-    from .runtime.bench.protocol import Limits, RunnerError
+    from .runtime.bench import trace, verdict
+    from .runtime.bench.protocol import Limits
     from .runtime.bench.results import dumps
     from .runtime.engines.native import usable_threads
 
@@ -1123,26 +1123,12 @@ def bench_run(
         if profile:
             runs.check_native(chosen)
         watch = stack.enter_context(BenchProgress(seconds, kept))
-        try:
-            result = runs.run(chosen, limits, watch.told, watch.stage, machine, command_line())
-            watch.keep(result)
-            found = {}
-            if profile and result.protocol.stopped != "interrupted":
-                watch.stage("ops")
-                found = {v.name: runs.profile(v.name, chosen[v.name]) for v in result.measured}
-                result = runs.with_ops(result, found)
-                watch.keep(result)
-        except RunnerError as error:
-            if error.usage:
-                raise click.UsageError(printable(str(error))) from error
-            raise
+        result, found = bench_measure(chosen, limits, watch, machine, bool(profile))
     shown = dumps(result) if as_json else bench_text(result)
     click.echo(shown.rstrip("\n"))
     for note in verdict.warnings(result):
         click.echo(f"note: {printable(note)}", err=True)
     if found:
-        from .runtime.bench import trace
-
         write_text(profile, trace.dumps(list(found.values())), force)
     if output:
         write_text(output, dumps(result), force)
@@ -1154,6 +1140,29 @@ def bench_run(
         sys.exit(130)
     if any(variant.error for variant in result.variants):
         sys.exit(1)
+
+
+def bench_measure(
+    chosen: dict[str, Any], limits: Any, watch: BenchProgress, machine: str | None, profile: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The result, and the ops of every variant if they are wanted; kept as soon as it is there."""
+    from .runtime.bench import run as runs
+    from .runtime.bench.protocol import RunnerError
+
+    found: dict[str, Any] = {}
+    try:
+        result = runs.run(chosen, limits, watch.told, watch.stage, machine, command_line())
+        watch.keep(result)
+        if profile and result.protocol.stopped != "interrupted":
+            watch.stage("ops")
+            found = {v.name: runs.profile(v.name, chosen[v.name]) for v in result.measured}
+            result = runs.with_ops(result, found)
+            watch.keep(result)
+    except RunnerError as error:
+        if error.usage:
+            raise click.UsageError(printable(str(error))) from error
+        raise
+    return result, found
 
 
 def bench_settings(
@@ -1169,7 +1178,7 @@ def bench_settings(
     from .runtime.bench.worker import Settings
     from .runtime.pipeline import embedded
 
-    settings = [text for text in bundles if text.partition("=")[0] in subjects.READ]
+    settings = [text for text in bundles if "=" in text and not Path(text).exists()]
     paths = [Path(text) for text in bundles if text not in settings] or [embedded()]
     crossed = subjects.parse_vary([*vary, *settings])
     forms = crossed.pop("precision", {})

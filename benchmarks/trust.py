@@ -125,7 +125,10 @@ def missed(found: Sequence[Result]) -> list[str]:
     wrong = []
     if words[0] != verdict.SAME:
         wrong.append(f"the same bundle twice: {words[0]}")
-    wrong += [f"held up: {word}" for word in words[1:] if word != verdict.SLOWER]
+    if words[1] != verdict.SLOWER:
+        wrong.append(f"held up: {words[1]}")
+    if words[2] == verdict.FASTER:  # under neighbours it may be hidden, never turned round
+        wrong.append("held up under neighbours: faster")
     if verdict.is_steady(found[-1]):
         wrong.append("neighbours: not flagged")
     return wrong

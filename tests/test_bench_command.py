@@ -238,6 +238,7 @@ def test_a_profile_of_another_engine_is_refused_before_it_is_measured(monkeypatc
     "args, told",
     [
         (("--vary", "colour=red"), "'colour' is no setting that varies; those are: threads="),
+        (("colour=red",), "'colour' is no setting that varies"),
         (("--vary", "threads=1", "threads=2"), "threads is given twice"),
         (("--vary", "threads=0"), "'0' is not a whole number from 1 to 1000"),
         (("--vary", "threads="), "has an empty value"),
@@ -258,7 +259,7 @@ def test_wrong_arguments_are_usage_errors(args, told):
     assert not list(Path().glob("*.html"))
 
 
-@pytest.mark.parametrize("name", ["missing.ferro", "colour.ferro"])
+@pytest.mark.parametrize("name", ["missing.ferro", "colour"])
 def test_what_is_no_bundle(name):
     assert name in line_of(1, name)
 

@@ -79,10 +79,14 @@ def test_everyone_has_a_turn_in_every_round_and_orders_are_reversed():
 
 def test_warm_up_is_apart_and_processes_begin_anew():
     world = World()
-    outcome = run(world, world.subject("a", 1.0), rounds=7, target=-1, warmup=2, restart=3)
+    seconds = iter([9.0, 2.0, *[1.0] * 3] * 3)  # the first picture of a process takes longest
+    subject = world.subject("a", lambda now: next(seconds))
+    outcome = run(world, subject, rounds=7, target=-1, warmup=2, restart=3)
     assert world.opened == ["a"] * 3
     assert len(world.drawn) == 7 + 3 * 2
     assert len(outcome.samples["a"]) == 7
+    assert {s.seconds for s in outcome.samples["a"]} == {1.0}
+    assert outcome.firsts["a"] == [9.0] * 3
     assert outcome.starts["a"] == [0.5] * 3
     assert outcome.describe().warmup == 2
 

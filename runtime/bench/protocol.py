@@ -10,10 +10,11 @@ warm it up and are not kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class Outcome:
     samples: dict[str, list[Sample]]
     errors: dict[str, str] = field(default_factory=dict)
     starts: dict[str, list[float]] = field(default_factory=dict)  # seconds until it was open
+    firsts: dict[str, list[float]] = field(default_factory=dict)  # of the first picture after that
     rounds: int = 0
     stopped: str = "interrupted"
     elapsed: float = 0.0
@@ -204,16 +206,18 @@ class _Run:
         """New runners, warmed up; two of a subject are never there at once."""
         self.close()
         for name, subject in list(self._subjects.items()):
-            with _leaving(self, name):
+            with self._leaving(name):
                 began = self._clock()
                 self._runners[name] = subject.open()
                 self.outcome.starts[name].append(self._clock() - began)
-                for _ in range(self._limits.warmup):
-                    self._runners[name].picture(seed)
+                for i in range(self._limits.warmup):
+                    picture = self._runners[name].picture(seed)
+                    if i == 0:
+                        self.outcome.firsts.setdefault(name, []).append(picture.seconds)
 
     def _one(self, name: str, index: int) -> None:
         runner, threads = self._runners[name], self._subjects[name].threads
-        with _leaving(self, name):
+        with self._leaving(name):
             speed, started = self._probe(), self._clock() - self.began
             before = self._sensors.read(runner.pid)
             picture = runner.picture(index)
@@ -225,26 +229,17 @@ class _Run:
             )  # fmt: skip
             self.outcome.samples[name].append(sample)
 
-    def leave(self, name: str, error: RunnerError) -> None:
-        """A subject is measured no more."""
+    @contextmanager
+    def _leaving(self, name: str) -> Iterator[None]:
+        """A subject whose runner fails in here is measured no more."""
+        try:
+            yield
+        except RunnerError as error:
+            self._leave(name, error)
+
+    def _leave(self, name: str, error: RunnerError) -> None:
         self.outcome.errors[name] = str(error)
         self.outcome.error = self.outcome.error or error
         del self._subjects[name]
         if name in self._runners:
             self._runners.pop(name).close()
-
-
-class _leaving:
-    """A subject whose runner fails in here leaves the rounds."""
-
-    def __init__(self, run: _Run, name: str) -> None:
-        self._run, self._name = run, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        if not isinstance(error, RunnerError):
-            return False
-        self._run.leave(self._name, error)
-        return True

@@ -246,7 +246,9 @@ def _what(variant: Variant) -> str:
         parts.append(tables.mib(variant.bundle_bytes))
     parts += [f"{k} {_setting(k, v)}" for k, v in variant.settings.items()]
     if variant.starts:
-        parts.append(f"process ready after {tables.duration(median(variant.starts))}")
+        parts.append(f"a fresh process ready after {tables.duration(median(variant.starts))}")
+    if variant.firsts:
+        parts.append(f"its first picture in {tables.duration(median(variant.firsts))}")
     if variant.bundle_sha256:
         parts.append(f"sha256 {variant.bundle_sha256[:12]}…")
     return ", ".join(parts)

@@ -171,6 +171,7 @@ class Variant:
     bundle_bytes: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     starts: tuple[float, ...] = ()  # seconds from a fresh process to ready, by process
+    firsts: tuple[float, ...] = ()  # seconds of the first picture of each process, not in samples
     predicted_peak: int | None = None
     memory: tuple[StageMemory, ...] = ()
     timeline: Timeline | None = None
@@ -184,6 +185,8 @@ class Variant:
         if self.bundle_sha256 is not None:
             _require(re.fullmatch("[0-9a-f]{64}", self.bundle_sha256), "bundle_sha256 is no hash")
         _require(len(self.samples) <= MAX_SAMPLES, f"{len(self.samples)} samples are too many")
+        good = all(0 <= t < MAX_SECONDS for t in (*self.starts, *self.firsts))
+        _require(good, "starts or firsts are no times")
         for key, value in self.settings.items():
             _texts(setting=key)
             plain = value is None or type(value) in (str, int, float, bool)

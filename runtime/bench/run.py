@@ -75,6 +75,7 @@ def variant(
         label,
         samples=samples,
         starts=tuple(outcome.starts.get(label, ())),
+        firsts=tuple(outcome.firsts.get(label, ())),
         error=text and text[:MAX_TEXT],
         **{f.name: getattr(facts, f.name) for f in dataclasses.fields(facts)},
     )
