@@ -11,7 +11,7 @@ import pytest
 
 from ferrotype import cli
 from ferrotype.runtime.bench import charts, report, results, svg, tables, trace, verdict
-from ferrotype.runtime.bench.results import OpTime, Sample
+from ferrotype.runtime.bench.results import OpTime, Quality, Sample, StageMemory, Timeline
 from ferrotype.runtime.bench.run import Profiled, op_times
 from ferrotype.tests.bench_results import full, result, rng, samples, variant
 
@@ -235,6 +235,43 @@ def test_a_table_is_turned_where_there_is_no_room(found):
     assert narrow.splitlines()[0].split() == ["bf16", "w8", "w8", "small"]
     figures = {text for row in table.rows for text in row[1:]}
     assert all(text in narrow for text in figures)
+
+
+def test_odd_but_valid_results_make_a_page():
+    """Whatever the schema lets through: nothing is divided by zero, nothing is no number."""
+    generator = rng()
+    backwards = Timeline((("a", 5.0, 1.0),), ((0.0, -1, 2**62),))
+
+    def odd(index):
+        def pick(*values):
+            return values[generator.integers(len(values))]
+
+        names = ("load", "unet", "vae_decoder", "other", "of another app")
+        taken = tuple(
+            Sample(
+                pick(i, 7), pick(0.0, 1e-9, 0.5, 9e6), pick(1e-9, 0.5, 3.0, 9e6),
+                {pick(*names): (pick(0.0, 1e-9, 2.0),) * pick(0, 1, 3) for _ in range(pick(0, 3))},
+                pick(None, 0.0, 2600.0), pick(None, -3.5), pick(None, 0.0, 5.0),
+                pick(None, 0.0, 1e9), pick(None, 1.0), pick(None, 1.0),
+            )
+            for i in range(pick(0, 1, 2, 12))
+        )  # fmt: skip
+        return variant(
+            f"v{index}", taken,
+            settings=pick({}, {"size": "0x0"}, {"size": "5x"}, {"size": 7}, {"size": "64x64"}),
+            memory=pick((), (StageMemory("x", 2**62, -5, 0, None),)),
+            timeline=pick(None, Timeline((), ()), backwards),
+            quality=pick(None, Quality(0.0, -9e3), Quality(9e3, 1.0)),
+            bundle_bytes=pick(None, 0, 2**40), bundle_sha256=None,
+            profile=pick((), (OpTime("unet", "op", 0, 0.0, 5.0, 0.0, 0.0),)),
+        )  # fmt: skip
+
+    for _ in range(40):
+        found = [result(*(odd(i) for i in range(1 + generator.integers(3)))) for _ in range(2)]
+        again = [results.loads(results.dumps(one)) for one in found]
+        for text in (report.page(again), report.page(again[:1]), tables.markdown(again)):
+            assert not re.search(r"\bnan\b|\binf\b|Infinity", text, re.IGNORECASE)
+        verdict.compare(*again)
 
 
 # --- pictures and tables ------------------------------------------------------------------------

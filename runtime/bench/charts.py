@@ -450,7 +450,9 @@ def work(results: Sequence[Result], width: int) -> Canvas | None:
     for name in names:
         times = [(v, stage_times(v, name)) for v in result.measured]
         known = [(v, median(t)) for v, t in times if t]
-        high = max(t for _, t in known)
+        high = max((t for _, t in known), default=0.0)
+        if not high:
+            continue
         canvas.text(0, y + 14, stage_title(name), bold=True)
         y += 22
         for variant, seconds in known:

@@ -18,6 +18,7 @@ MAX_BYTES = 64 << 20  # of a file
 MAX_TEXT = 300  # letters of a name
 MAX_SAMPLES = 100_000
 MAX_SECONDS = 1e7
+LEAST, MOST = 1e-9, 1e30  # of any figure that is not 0
 STAGES = ("load", "text_encoder", "text_encoder_2", "unet", "vae_decoder", "other")  # as shown
 STOPPED = ("interval", "seconds", "rounds", "interrupted", "failed")
 NEEDED = ("variants", "samples", "stages")  # also where they are empty
@@ -86,14 +87,15 @@ class Sample:
     stolen: float | None = None  # part of the time that a hypervisor took
 
     def __post_init__(self) -> None:
-        _require(0 < self.seconds < MAX_SECONDS, f"seconds is {self.seconds:g}")
+        _require(LEAST <= self.seconds < MAX_SECONDS, f"seconds is {self.seconds:g}")
         _require(0 <= self.start < MAX_SECONDS, f"start is {self.start:g}")
         for stage, times in self.stages.items():
             _texts(stage=stage)
             good = len(times) <= 1000 and all(0 <= t < MAX_SECONDS for t in times)
             _require(good, f"stages.{stage} are no times")
         for name in ("mhz", "joules", "speed", "waited", "stolen"):
-            _require((getattr(self, name) or 0) >= 0, f"{name} is below zero")
+            _figure(name, getattr(self, name) or 0.0)
+        _require(abs(self.celsius or 0) < 1e4, f"celsius is {self.celsius}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Quality:
     mean_psnr: float
     worst_psnr: float
 
+    def __post_init__(self) -> None:
+        good = max(abs(self.mean_psnr), abs(self.worst_psnr)) < 1e4
+        _require(good, "mean_psnr or worst_psnr is no quality in dB")
+
 
 @dataclass(frozen=True)
 class OpTime:
@@ -147,7 +153,8 @@ class OpTime:
 
     def __post_init__(self) -> None:
         _texts(component=self.component, op=self.op)
-        _require(0 <= self.seconds < MAX_SECONDS, f"seconds is {self.seconds:g}")
+        for name in ("seconds", "flop", "bytes", "ceiling"):
+            _figure(name, getattr(self, name) or 0.0)
 
     @property
     def share(self) -> float | None:
@@ -304,6 +311,11 @@ def _texts(**texts: str) -> None:
     for name, text in texts.items():
         good = len(text) <= MAX_TEXT and (text.isprintable() or not text)
         _require(good, f"{name} is no printable text of at most {MAX_TEXT} letters")
+
+
+def _figure(name: str, value: float) -> None:
+    """What is measured is 0 or of a size that can be reckoned with."""
+    _require(value == 0 or LEAST <= value <= MOST, f"{name} is {value:g}")
 
 
 def _require(holds: object, message: str) -> None:

@@ -3,7 +3,7 @@
 Times of programs have long tails and no bell curve.  A median's interval is between two of the
 sorted values, by the binomial distribution; a ratio's is Hodges and Lehmann's (1963), by the
 distribution of Wilcoxon's signed ranks for runs that took turns, by Mann and Whitney's for runs
-that did not; a drift is Theil and Sen's slope, tested by Mann and Kendall's count.
+that did not; a drift is from the first to the last quarter, tested by Mann and Kendall's count.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Drift:
-    """How a series of times moved from its beginning to its end.
+    """How a series moved from its first quarter to its last.
 
-    `change` is a part of its median; `p` the chance of as clear a trend among values in any order.
+    `change` is that of their medians, as a part of the whole's; `p` the chance of as clear a trend
+    among values in any order.
     """
 
     change: float
@@ -95,19 +96,19 @@ def fewest_pairs(alpha: float) -> int:
     return math.ceil(math.log2(2 / alpha))
 
 
-def drift(times: Sequence[float], values: Sequence[float]) -> Drift | None:
-    """How far `values` moved between the first and the last of `times`; None of too few."""
+def drift(values: Sequence[float]) -> Drift | None:
+    """How far values in the order of their measurement moved, at once or slowly; None of too few.
+
+    A slope would not see what happens at once: most pairs lie on one side of it.
+    """
     if len(values) < FEWEST_FOR_DRIFT:
         return None
-    t, v = np.asarray(times, np.float64), np.asarray(values, np.float64)
-    first, second = np.triu_indices(len(v), 1)
-    apart = t[second] - t[first]
-    rises = v[second] - v[first]
-    slope = float(np.median(rises[apart > 0] / apart[apart > 0])) if (apart > 0).any() else 0.0
-    count = float(np.sign(rises).sum())
-    middle = float(np.median(v))
-    change = slope * float(t[-1] - t[0]) / middle if middle else 0.0
-    return Drift(change, _kendall_p(count, v))
+    v = np.asarray(values, np.float64)
+    quarter = len(v) // 4
+    first, last, middle = (float(np.median(part)) for part in (v[:quarter], v[-quarter:], v))
+    earlier, later = np.triu_indices(len(v), 1)
+    count = float(np.sign(v[later] - v[earlier]).sum())
+    return Drift((last - first) / middle if middle else 0.0, _kendall_p(count, v))
 
 
 def outliers(values: Sequence[float]) -> int:

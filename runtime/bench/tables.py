@@ -163,7 +163,7 @@ def comparison(found: Sequence[verdict.Verdict]) -> Table:
 
 def profile(found: Sequence[OpTime]) -> Table:
     """Ops that take longest, the others together."""
-    total = sum(entry.seconds for entry in found)
+    total = sum(entry.seconds for entry in found) or 1.0
     rows = [_op_row(entry, total) for entry in found[:LISTED]]
     rest = found[LISTED:]
     if rest:
@@ -231,7 +231,7 @@ def how(result: Result) -> str:
 
 
 def conditions(result: Result) -> str:
-    """What the system showed beside the clock while it was measured; "" if nothing."""
+    """What the system showed beside the clock while it was measured."""
     samples = [sample for variant in result.measured for sample in variant.samples]
     mhz, celsius, speed, waited = (
         [value for s in samples if (value := getattr(s, name)) is not None]
@@ -242,8 +242,8 @@ def conditions(result: Result) -> str:
         parts.append(f"clock {median(mhz):,.0f} MHz, at least {min(mhz):,.0f}")
     if celsius:
         parts.append(f"at most {max(celsius):.0f} °C")
-    if speed:
-        spread = verdict.spread(speed)
+    if any(speed):
+        spread = verdict.spread([value for value in speed if value])
         parts.append(
             f"a bare loop at {median(speed) / 1e9:,.3g} G operations/s, spread {spread:.0%}"
         )

@@ -204,30 +204,28 @@ def is_steady(result: Result) -> bool:
     return _drift(result) is None and not _others(result)
 
 
-def _by_round(result: Result, name: str) -> tuple[list[float], list[float]]:
-    """Middle of each round's values, each a part of its variant's median; with its time."""
+def _by_round(result: Result, name: str) -> list[float]:
+    """Middle of each round's values, each a part of its variant's median."""
     rows = []
     for variant in result.measured:
-        values = [(s.round, s.start, getattr(s, name)) for s in variant.samples]
-        known = [(r, t, v) for r, t, v in values if v]
+        known = [(s.round, value) for s in variant.samples if (value := getattr(s, name))]
         if known:
-            middle = median([v for _, _, v in known])
-            rows += [(r, t, v / middle) for r, t, v in known]
+            middle = median([value for _, value in known])
+            rows += [(index, value / middle) for index, value in known]
     rows.sort()
-    rounds = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-    return ([median([t for _, t, _ in g]) for g in rounds],
-            [median([v for _, _, v in g]) for g in rounds])  # fmt: skip
+    rounds = groupby(rows, key=lambda row: row[0])
+    return [median([value for _, value in group]) for _, group in rounds]
 
 
 def _drift(result: Result) -> str | None:
     """A trend of all variants together, and whether the machine's own speed has it too."""
-    found = drift(*_by_round(result, "seconds"))
+    found = drift(_by_round(result, "seconds"))
     if found is None or found.p >= CLEAR or abs(found.change) < DRIFT:
         return None
     if found.change < 0:
         return (f"times fell by {-found.change:.0%} over the run: it was still warming up, or a "
                 "neighbour left; measure again with more --warmup")  # fmt: skip
-    own, clock = drift(*_by_round(result, "speed")), drift(*_by_round(result, "mhz"))
+    own, clock = drift(_by_round(result, "speed")), drift(_by_round(result, "mhz"))
     text = f"times rose by {found.change:.0%} over the run"
     if clock and clock.p < CLEAR and clock.change < -DRIFT:
         return f"{text}, as the clock fell by {-clock.change:.0%}: the processor is throttled"
