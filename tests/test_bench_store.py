@@ -114,7 +114,7 @@ SAMPLE = ("variants", 0, "samples", 0)
         ((*SAMPLE, "stages", "unet"), [-1], "are no times"),
         ((*SAMPLE, "stages", "unet"), 1, "unet"),
         ((*SAMPLE, "start"), 1e300, "start is"),
-        ((*SAMPLE, "joules"), -1, "joules is below zero"),
+        ((*SAMPLE, "joules"), -1, "joules is -1"),
         (("variants", 0, "timeline", "samples"), [[0, 1]], "3 values expected"),
     ],
 )
