@@ -652,7 +652,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
+        return read_fields(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _read_union(args, value, where)
@@ -678,7 +678,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+def read_fields(kind: Any, value: Any, where: str) -> Any:
+    """Parsed JSON as a dataclass, field by field of the types it is annotated with.
+
+    TypeError or ValueError names place and finding; so does a ValueError of its __post_init__.
+    """
     _expect(dict, value, where)
     hints = _hints(kind)
     dot = f"{where}." if where else ""

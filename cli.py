@@ -13,10 +13,11 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,15 +201,19 @@ def isa() -> str | None:
     name = os.environ.get("FERROTYPE_ISA")
     if not name:
         return None
+    return known_isa(name, f"FERROTYPE_ISA={printable(name)}")
+
+
+def known_isa(name: str, asked: str) -> str:
+    """The name, if this machine runs that instruction set; else a usage error about `asked`."""
     from . import kernels
 
     if kernels.available() and name not in kernels.isas():
         known = f"it runs {', '.join(kernels.isas())}"
         if name in kernels.isas(supported=False):
-            raise click.UsageError(f"FERROTYPE_ISA={name}: this machine has it not; {known}")
+            raise click.UsageError(f"{asked}: this machine has it not; {known}")
         raise click.UsageError(
-            f"FERROTYPE_ISA={printable(name)} is no instruction set that this build knows; on this "
-            f"machine {known}"
+            f"{asked} is no instruction set that this build knows; on this machine {known}"
         )
     return name
 
@@ -1024,6 +1029,525 @@ def doctor(bundle, device, listed, size, steps, as_json):
     click.echo(json.dumps(found.as_json()) if as_json else columns(doctors.rows(found)))
     if not found.fits:
         sys.exit(1)
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+class Default(Commands):
+    """A group whose first command is meant where none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])
+
+
+class Percent(click.ParamType):
+    """`2` or `2%`."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) *%?", value.strip())
+        if not match or not 0 < float(match[1]) <= 100:
+            self.fail(f"{printable(value)!r} is not a percentage: write 2 or 2%")
+        return float(match[1]) / 100
+
+
+RESULT = click.argument("results", metavar="[RESULT]...", nargs=-1)
+STORE = "File of results.  Default: in the user's data folder."
+store_option = click.option("--store", type=FILE, help=STORE)
+
+
+@main.group(cls=Default)
+def bench() -> None:
+    """Measure bundles on this device: `ferrotype bench BUNDLE...` is `bench run BUNDLE...`.
+
+    Results are kept in a file of this user's; a RESULT is a JSON file, or the first digits of the
+    id of one that is kept.  docs/bench.md says how it is measured and what the figures mean.
+
+    \b
+    Example:
+        ferrotype bench sd15.ferro --vary threads=1,2 size=256,512
+        ferrotype bench report -o latency.html
+    """
+
+
+@bench.command(name="run")
+@click.argument("bundles", metavar="[BUNDLE]...", nargs=-1)
+@click.option("--vary", multiple=True, metavar="KEY=A,B", help="Cross settings; more may follow.")
+@click.option("--seconds", type=click.FloatRange(1, 86400), default=60.0, show_default=True,
+              help="Stop after so long, even if intervals are wider.")  # fmt: skip
+@click.option("--interval", type=Percent(), default="2%", show_default=True,
+              help="Stop when every 95 % interval is within so much of its median.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1, 100000), default=1000, help="At most.")
+@click.option("--warmup", type=click.IntRange(0, 1000), default=1, show_default=True,
+              help="Pictures that are not timed, of every fresh process.")  # fmt: skip
+@click.option("--restart", type=click.IntRange(1, 100000), default=5, show_default=True,
+              help="Rounds after which fresh processes go on.")  # fmt: skip
+@size_option
+@click.option("-n", "--steps", type=click.IntRange(1, 1000), help="Default: the bundle's.")
+@click.option("--threads", type=click.IntRange(1, 64), help="Default: one per core.")
+@click.option("--memory", type=Bytes(), metavar="512MiB", help="Budget.  Default: none.")
+@click.option("--resident", is_flag=True, help="Load once, not for every picture.")
+@click.option("--machine", metavar="NAME", help="What to call this device.  Default: its CPU.")
+@click.option("--profile", type=FILE, help="Also time every op, and write a trace for Perfetto.")
+@click.option("-o", "--output", type=FILE, help="Also write the result, as JSON.")
+@store_option
+@click.option("--no-store", is_flag=True, help="Keep it nowhere else.")
+@click.option("-f", "--force", is_flag=True, help="Replace files.")
+@json_option
+def bench_run(
+    bundles, vary, seconds, interval, rounds, warmup, restart, size, steps, threads, memory,
+    resident, machine, profile, output, store, no_store, force, as_json,
+):  # fmt: skip
+    """Measure BUNDLEs: every picture's stages, memory and energy, each in turn, until it is known.
+
+    Several bundles or settings take turns in rounds, so that heat and neighbours fall on all alike;
+    the verdict says faster or slower only where the whole interval does.  Default: the embedded
+    bundle.  An interrupt keeps what was measured.
+
+    \b
+    Example:
+        ferrotype bench sd15-bf16.ferro sd15-w8.ferro --seconds 300
+        ferrotype bench sd15.ferro --vary threads=1,2 size=256,512 precision=own,w8
+        ferrotype bench sd15.ferro --profile trace.json
+    """
+    from .runtime import pictures
+    from .runtime.bench import run as runs
+    from .runtime.bench import trace, verdict
+    from .runtime.bench.protocol import Limits
+    from .runtime.bench.results import dumps
+    from .runtime.engines.native import usable_threads
+
+    kept = None if no_store else open_store(store)
+    for path in filter(None, (output, profile)):
+        pictures.check_free(path, force)
+    if kept:
+        kept.check()
+    limits = Limits(rounds, seconds, interval, warmup=warmup, restart=restart)
+    with ExitStack() as stack:
+        with usage():
+            chosen = bench_settings(
+                stack, bundles, vary, size, steps, threads or usable_threads(), memory, resident
+            )
+        if profile:
+            runs.check_native(chosen)
+        watch = stack.enter_context(BenchProgress(seconds, kept))
+        result, found = bench_measure(chosen, limits, watch, machine, bool(profile))
+    shown = dumps(result) if as_json else bench_text(result)
+    click.echo(shown.rstrip("\n"))
+    for note in verdict.warnings(result):
+        click.echo(f"note: {printable(note)}", err=True)
+    if found:
+        write_text(profile, trace.dumps(list(found.values())), force)
+    if output:
+        write_text(output, dumps(result), force)
+    if watch.failed:
+        raise watch.failed
+    if kept:
+        click.echo(f"kept as {result.id[:8]} in {kept.path}", err=True)
+    if result.protocol.stopped == "interrupted":
+        sys.exit(130)
+    if any(variant.error for variant in result.variants):
+        sys.exit(1)
+
+
+def bench_measure(
+    chosen: dict[str, Any], limits: Any, watch: BenchProgress, machine: str | None, profile: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The result, and the ops of every variant if they are wanted; kept as soon as it is there."""
+    from .runtime.bench import run as runs
+    from .runtime.bench.protocol import RunnerError
+
+    found: dict[str, Any] = {}
+    try:
+        result = runs.run(chosen, limits, watch.told, watch.stage, machine, command_line())
+        watch.keep(result)
+        if profile and result.protocol.stopped != "interrupted":
+            watch.stage("ops")
+            found = {v.name: runs.profile(v.name, chosen[v.name]) for v in result.measured}
+            result = runs.with_ops(result, found)
+            watch.keep(result)
+    except RunnerError as error:
+        if error.usage:
+            raise click.UsageError(printable(str(error))) from error
+        raise
+    return result, found
+
+
+def bench_settings(
+    stack: ExitStack, bundles: Sequence[str], vary: Sequence[str], size: tuple[int, int] | None,
+    steps: int | None, threads: int, memory: int | None, resident: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What takes turns, by name; other precisions are made in a folder that the stack removes.
+
+    Arguments such as size=256,512 vary too, as they follow --vary.
+    """
+    from .bundle import load
+    from .runtime.bench import subjects
+    from .runtime.bench.worker import Settings
+    from .runtime.pipeline import embedded
+
+    settings = [text for text in bundles if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in bundles if text not in settings] or [embedded()]
+    crossed = subjects.parse_vary([*vary, *settings])
+    forms = crossed.pop("precision", {})
+    opened = [load(path) for path in paths]
+    names: dict[str, Any] = {}
+    for bundle in opened:
+        names[subjects.unique(bundle.folder.name.removesuffix(".ferro"), names)] = bundle
+    if forms:
+        names = in_precisions(stack, names, list(forms))
+    base = Settings(Path(), threads, size or (0, 0), steps, isa(), memory, resident)
+    for name in crossed.get("isa", {}):
+        known_isa(name, f"isa={printable(name)}")
+    return subjects.cross(list(names.items()), crossed, base)
+
+
+def in_precisions(
+    stack: ExitStack, bundles: dict[str, Any], forms: Sequence[str]
+) -> dict[str, Any]:
+    """Every bundle in every form: own as it is, w8 and the like rounded anew, for their speed."""
+    import tempfile
+
+    from .quantize.apply import check_quantizable, quantize_bundle
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ferrotype-bench-")))
+    found: dict[str, Any] = {}
+    for name, bundle in bundles.items():
+        for form in forms:
+            label = f"precision={form}" if len(bundles) == 1 else f"{name} precision={form}"
+            if form == "own":
+                found[label] = bundle
+                continue
+            weights, _, activations = form.partition("+")
+            activations = activations or bundle.manifest.precision.activations
+            recipe = form_or_recipe(weights)
+            check_quantizable(bundle, recipe, activations)
+            click.echo(f"note: {label} is rounded without calibration: for its speed", err=True)
+            target = folder / f"{len(found)}.ferro"
+            found[label] = quantize_bundle(bundle, target, recipe, activations, {})
+    return found
+
+
+def bench_text(result: Any) -> str:
+    """A result for a person: the machine, the table, the verdicts."""
+    from .runtime.bench import run as runs
+    from .runtime.bench import tables
+
+    summary = grid(tables.summary(result), terminal_width())
+    parts = [runs.machine_text(result.machine), tables.how(result), summary]
+    memory = tables.memory(result)
+    parts += [grid(memory)] if memory.rows else []
+    for variant in result.variants:
+        if variant.profile:
+            parts.append(f"ops of {variant.name}\n{grid(tables.profile(variant.profile))}")
+    return "\n\n".join([*parts, "\n".join(tables.sentences(result))])
+
+
+def grid(table: Any, room: int | None = None) -> str:
+    """A table as text, figures aligned right; turned if it is wider than `room` and narrower so."""
+    text = _grid(table)
+    if room is not None and _width(text) > room:
+        turned = _grid(table.turned)
+        text = min(text, turned, key=_width)
+    return text
+
+
+def _grid(table: Any) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for i, title in enumerate(table.head):
+        side = "left" if i < table.texts else "right"
+        made.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for row in table.rows:
+        made.add_row(*map(printable, row))
+    stream = io.StringIO()
+    color = sys.stdout.isatty()
+    console = Console(file=stream, width=400, force_terminal=color, markup=False, highlight=False)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+
+
+def _width(text: str) -> int:
+    """Columns of the widest line, without what colours it."""
+    return max(len(line) for line in click.unstyle(text).split("\n"))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None if it is none."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
+
+
+def open_store(path: Path | None) -> Any:
+    """The user's file of results, or another."""
+    from .runtime.bench.store import Store
+
+    return Store(path or data_folder() / "bench.sqlite")
+
+
+def data_folder() -> Path:
+    """Where this user's programs keep their data."""
+    if sys.platform == "win32":
+        place = os.environ.get("LOCALAPPDATA")
+        return Path(place) / "ferrotype" if place else Path.home() / "AppData/Local/ferrotype"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/ferrotype"
+    place = os.environ.get("XDG_DATA_HOME")
+    return (Path(place) if place else Path.home() / ".local/share") / "ferrotype"
+
+
+def command_line() -> str:
+    """The command as a reader would type it: places of this machine are only their last names."""
+    import shlex
+
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    return printable(shlex.join(["ferrotype", *words]))[:4000]
+
+
+def write_text(path: Path, text: str, force: bool) -> None:
+    from .runtime import pictures
+
+    with pictures.new_file(path, force) as stream:
+        stream.write(text.encode())
+    click.echo(str(path), err=True)
+
+
+def read_results(names: Sequence[str], store: Path | None) -> list[Any]:
+    """JSON files, or results that are kept by their ids; without any, the last that was kept."""
+    from .runtime.bench import results
+
+    if not names:
+        return [open_store(store).last()]
+    return [
+        results.load(Path(name)) if Path(name).is_file() else open_store(store).find(name)
+        for name in names
+    ]
+
+
+@bench.command(name="report")
+@RESULT
+@click.option("-o", "--output", type=FILE, default="bench.html", show_default=True,
+              help="A page (.html), a table (.md), or a picture of one plot (.svg).")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="Of all results that are kept.")
+@click.option("--plot", help="For .svg: which plot; a wrong name lists them.")
+@store_option
+@click.option("-f", "--force", is_flag=True, help="Replace what is there.")
+def bench_report(results, output, everything, plot, store, force):
+    """Write RESULTs as one page that needs nothing else, as Markdown or as a picture.
+
+    Default: of the last run.
+
+    \b
+    Example:
+        ferrotype bench report laptop.json phone.json -o devices.html
+        ferrotype bench report --plot stages -o stages.svg
+    """
+    from .runtime.bench import report, tables
+
+    if results and everything:
+        raise click.UsageError("name results, or give --all")
+    found = open_store(store).all() if everything else read_results(results, store)
+    if not found:
+        raise FerrotypeError("there are no results: measure with `ferrotype bench BUNDLE`")
+    match output.suffix.lower():
+        case ".html" | ".htm":
+            text = report.page(found)
+        case ".md":
+            text = tables.markdown(found)
+        case ".svg":
+            with usage():
+                text = report.picture(found, plot)
+        case _:
+            raise click.UsageError(f"-o {output}: name it .html, .md or .svg")
+    from .runtime import pictures
+
+    with pictures.new_file(output, force) as stream:
+        stream.write(text.encode())
+    click.echo(str(output))
+
+
+@bench.command(name="compare")
+@click.argument("base")
+@click.argument("other")
+@click.option("--max-slower", type=Percent(), metavar="5%", help="Exit with 1 if it is, by more.")
+@store_option
+@json_option
+def bench_compare(base, other, max_slower, store, as_json):
+    """Compare OTHER with BASE, results of other times or other machines.
+
+    What did the same work is compared: by name, else by model and settings.  They did not take
+    turns, so a difference must be 2 % larger to be called one; `bench run` with both is surer.
+
+    \b
+    Example:
+        ferrotype bench compare before.json after.json --max-slower 5%
+    """
+    from .runtime.bench import tables, verdict
+
+    first, second = read_results([base, other], store)
+    found = verdict.compare(first, second)
+    if not found:
+        raise FerrotypeError(
+            f"{base} and {other} have no work in common: neither names nor models and settings"
+        )
+    if as_json:
+        told = [{"base": v.base, "other": v.other, "verdict": v.word, "ratio": finite(v.ratio),
+                 "notes": v.notes} for v in found]  # fmt: skip
+        click.echo(json.dumps(told))
+    else:
+        click.echo(grid(tables.comparison(found)) + "\n")
+        for one in found:
+            click.echo(printable(one.text))
+    for note in dict.fromkeys(note for v in found for note in v.notes):
+        click.echo(f"note: {printable(note)}", err=True)
+    slower = [
+        v for v in found if max_slower and v.word == "slower" and v.ratio.low > 1 + max_slower
+    ]
+    for one in slower:
+        click.echo(f"Error: {printable(one.text)}, more than {max_slower:.0%}", err=True)
+    if slower:
+        sys.exit(1)
+
+
+def finite(interval: Any) -> list[float | None]:
+    """An interval for JSON, which has no infinity."""
+    values = (interval.middle, interval.low, interval.high)
+    return [value if math.isfinite(value) else None for value in values]
+
+
+@bench.command(name="export")
+@RESULT
+@click.option("-o", "--output", type=FILE, required=True, help="A .csv, .parquet or .json file.")
+@click.option("--all", "everything", is_flag=True, help="Of all results that are kept.")
+@store_option
+@click.option("-f", "--force", is_flag=True, help="Replace what is there.")
+def bench_export(results, output, everything, store, force):
+    """Write RESULTs for other programs: a row per picture and stage.  Default: the last run.
+
+    JSON is of one result, as `bench import` reads it.  Parquet needs pyarrow.
+
+    \b
+    Example:
+        ferrotype bench export --all -o latency.csv
+    """
+    from .runtime.bench import export
+
+    found = open_store(store).all() if everything else read_results(results, store)
+    with usage():
+        data = export.encode(found, output.suffix.lower())
+    from .runtime import pictures
+
+    with pictures.new_file(output, force) as stream:
+        stream.write(data)
+    click.echo(str(output))
+
+
+@bench.command(name="import")
+@click.argument("files", metavar="FILE...", type=FILE, nargs=-1, required=True)
+@store_option
+def bench_import(files, store):
+    """Keep results from other devices: JSON that this, or an app, wrote.
+
+    \b
+    Example:
+        ferrotype bench import phone.json tablet.json
+    """
+    from .runtime.bench import results
+
+    found = [results.load(path) for path in files]  # all are read before any is kept
+    kept = open_store(store)
+    for path, result in zip(files, found, strict=True):
+        word = "kept as" if kept.add(result) else "is there already, as"
+        click.echo(f"{path}: {word} {result.id[:8]}")
+
+
+@bench.command(name="list")
+@store_option
+@json_option
+def bench_list(store, as_json):
+    """Show the results that are kept."""
+    from .runtime.bench import tables
+
+    kept = open_store(store)
+    found = kept.all()
+    if as_json:
+        told = [{"id": r.id, "created": r.created, "machine": r.machine.name,
+                 "variants": [v.name for v in r.variants]} for r in found]  # fmt: skip
+        click.echo(json.dumps(told))
+        return
+    if not found:
+        click.echo(f"note: nothing is kept in {kept.path}", err=True)
+        return
+    click.echo(grid(tables.listing(found)))
+
+
+class BenchProgress:
+    """What is known so far, on stderr if a person is watching; kept once in a while.
+
+    What cannot be kept ends no measurement: `failed` is the reason, for when it is over.
+    """
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, seconds: float, store: Any) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._shown, self._store, self._seconds = console.is_terminal, store, seconds
+        self._kept = time.monotonic()
+        self.failed: FerrotypeError | None = None
+
+    def keep(self, result: Any) -> None:
+        """Put what is known into the store."""
+        if self._store:
+            try:
+                self._store.put(result)
+                self.failed = None
+            except FerrotypeError as error:
+                self.failed = error
+
+    def __enter__(self) -> BenchProgress:
+        if self._shown:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._live.stop()
+
+    def stage(self, text: str) -> None:
+        """What is done before or after the rounds."""
+        if self._shown:
+            self._live.update(f"{printable(text)} ...", refresh=True)
+
+    def told(self, result: Any) -> None:
+        """A round is over."""
+        if time.monotonic() - self._kept > self.EVERY:
+            self._kept = time.monotonic()
+            self.keep(result)
+        if self._shown:
+            self._live.update(self._text(result), refresh=True)
+
+    def _text(self, result: Any) -> Any:
+        from rich.text import Text
+
+        from .runtime.bench import tables
+
+        p = result.protocol
+        head = f"round {p.rounds}, {p.elapsed:.0f} of at most {self._seconds:.0f} s"
+        if p.target:
+            head += f"; until intervals are within {p.target:.0%}"
+        shown = grid(tables.summary(result), self._live.console.width)
+        return Text.from_ansi(f"{head}\n{shown}")
 
 
 def open_bundle(path: Path | None) -> Bundle:

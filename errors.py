@@ -5,6 +5,10 @@ FerrotypeError
 ├── ParityError    parity.py            what was written differs too much from the original
 ├── PipelineError  runtime/pipeline.py  a network returned something that is no picture
 ├── PictureError   runtime/pictures.py  a picture cannot be read or may not be written
+├── TraceError     runtime/memory.py    the system does not tell what a process has in memory
+├── ResultError    runtime/bench/       what was given as a benchmark's result is none
+├── StoreError     runtime/bench/       the file of results cannot be read or written
+├── RunnerError    runtime/bench/       what was to be measured cannot go on
 ├── Refusal        runtime/plan.py      a run does not fit the memory budget
 ├── RecipeRefusal  runtime/recipes.py   a few-step model is asked for what it was not distilled for
 ├── DeviceError    runtime/devices.json the doctor's data cannot be read

@@ -17,6 +17,7 @@ from PIL import Image
 from ferrotype import bundle as bundles
 from ferrotype import cli, kernels, parity
 from ferrotype.quantize import calibrate, report
+from ferrotype.runtime.bench import results
 from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
@@ -237,3 +238,14 @@ def test_a_sheet_shows_the_worst_and_fits():
 def test_evaluation_does_not_see_what_calibration_saw():
     assert len(HELD_OUT) >= 8
     assert not set(calibrate.PROMPTS) & set(HELD_OUT)
+
+
+def test_other_precisions_are_made_for_a_benchmark():
+    quick = ("--rounds", 1, "--size", 64, "-n", 1, "--threads", 1, "--no-store", "--json")
+    done = invoke("bench", PLAIN, "--vary", "precision=own,w8", *quick)
+    assert done.exit_code == 0, done.output
+    own, w8 = results.loads(done.stdout).variants
+    assert (own.name, own.weights) == ("precision=own", "bf16")
+    assert (w8.name, w8.weights) == ("precision=w8", "w8")
+    assert w8.bundle_bytes < own.bundle_bytes
+    assert "rounded without calibration" in done.stderr

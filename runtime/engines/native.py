@@ -294,7 +294,7 @@ class NativeEngine:
 
 def usable_threads() -> int:
     """One for every core that this process may run on, up to what the engine takes."""
-    return min(_cores(), MAX_THREADS)
+    return min(cores(), MAX_THREADS)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -397,7 +397,7 @@ def _activations(bundle: Bundle, component: str) -> Type:
     return kind
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
