@@ -258,7 +258,7 @@ def _spread(result: Result) -> list[str]:
     low, high = (f"{pick(wide.values()):.0%}" for pick in (min, max))
     parts = high if low == high else f"{low} to {high}"
     far = sum(outliers(v.totals) for v in result.measured if v.name in wide)
-    more = f", {far} pictures being far above the others" if far else ""
+    more = f", {far} picture{'s' * (far > 1)} far above the others" if far else ""
     return [f"times of {', '.join(wide)} spread by {parts}{more}: do not quote them without their "
             "intervals"]  # fmt: skip
 
