@@ -1,4 +1,4 @@
-"""Which characters are letters and numbers to the tokenizer: `python tests/conformance/unicode.py`.
+"""Which characters are letters and numbers to the tokenizer; generate.py writes them.
 
 CLIP's tokenizer asks for \\p{L} and \\p{N}.  Every host's regular expressions have their own version
 of Unicode, so hosts carry these tables instead, as the `tokenizers` library has them.
@@ -44,7 +44,7 @@ def to_json(found: dict[str, list[list[int]]]) -> str:
 def to_typescript(found: dict[str, list[list[int]]]) -> str:
     """The tables as texts: from the end of one range to the next, and its length, in base 36."""
     parts = [
-        "/** Written by tests/conformance/unicode.py: what the tokenizer takes for letters and numbers. */\n"
+        "/** Written by tests/conformance/generate.py: what the tokenizer takes for letters and numbers. */\n"
     ]
     for name in ("letters", "numbers"):
         last, words = 0, []
@@ -66,7 +66,6 @@ def base36(number: int) -> str:
     return base36(number // 36) + text if number >= 36 else text
 
 
-if __name__ == "__main__":
-    made = tables()
-    TABLES.write_text(to_json(made), encoding="utf-8")
-    TYPESCRIPT.write_text(to_typescript(made), encoding="utf-8")
+def write(found: dict[str, list[list[int]]]) -> None:
+    TABLES.write_text(to_json(found), encoding="utf-8")
+    TYPESCRIPT.write_text(to_typescript(found), encoding="utf-8")
