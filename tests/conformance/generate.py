@@ -133,16 +133,19 @@ def pictures(folder: Path, isa: str | None = None) -> Iterator[tuple[dict[str, A
         steps = list(pipe.steps(case["prompt"], size=size, **asked))
         latents = b"".join(step.latents.astype("<f4").tobytes() for step in steps)
         pixels = np.asarray(pipe.decode(steps[-1])).tobytes()
-        yield {
-            **case,
-            "seed": str(case["seed"]),
-            "size": list(size),
-            "bundle": folder.name,
-            "identity": made.sha256,
-            "latents": [len(steps), *steps[-1].latents.shape[1:]],
-            "sha256": hashlib.sha256(pixels).hexdigest(),
-            "file": f"{case['name']}.{made.manifest.target}.bin",
-        }, latents + pixels
+        yield (
+            {
+                **case,
+                "seed": str(case["seed"]),
+                "size": list(size),
+                "bundle": folder.name,
+                "identity": made.sha256,
+                "latents": [len(steps), *steps[-1].latents.shape[1:]],
+                "sha256": hashlib.sha256(pixels).hexdigest(),
+                "file": f"{case['name']}.{made.manifest.target}.bin",
+            },
+            latents + pixels,
+        )
 
 
 def vectors() -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Which characters are letters and numbers to the tokenizer; generate.py writes them.
 
-CLIP's tokenizer asks for \\p{L} and \\p{N}.  Every host's regular expressions have their own version
-of Unicode, so hosts carry these tables instead, as the `tokenizers` library has them.
+CLIP's tokenizer asks for \\p{L} and \\p{N}.  Every host's regular expressions have their own
+version of Unicode, so hosts carry these tables instead, as the `tokenizers` library has them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def to_json(found: dict[str, list[list[int]]]) -> str:
 
 def to_typescript(found: dict[str, list[list[int]]]) -> str:
     """The tables as texts: from the end of one range to the next, and its length, in base 36."""
-    parts = [
-        "/** Written by tests/conformance/generate.py: what the tokenizer takes for letters and numbers. */\n"
-    ]
+    parts = ["/** Written by tests/conformance/generate.py: to a tokenizer. */\n"]
     for name in ("letters", "numbers"):
         last, words = 0, []
         for first, end in found[name]:

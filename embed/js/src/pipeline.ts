@@ -369,6 +369,7 @@ export class Pipeline {
 
   #run(component: string, inputs: Arrays, options: ReadOptions): Promise<Record<string, Float32NDArray>> {
     return this.#alone(async () => {
+      if (options.signal) await waiting(); // an engine that blocks its thread hides messages
       options.signal?.throwIfAborted();
       const engine = this.#engines.get(component) ?? (await this.#load(component, options));
       const outputs = await this.#timed(component, "run", () => engine.run(inputs));
@@ -438,6 +439,11 @@ export class Pipeline {
   #twoPasses(guidance: number): boolean {
     return guidance !== 0 && guidance !== 1 && !this.#embedsGuidance;
   }
+}
+
+/** Lets whatever waits for this thread be heard, such as a message that cancels. */
+function waiting(): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve));
 }
 
 function chunksOf(tokens: Map<string, Tokens>): number {
