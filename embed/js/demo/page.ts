@@ -194,8 +194,7 @@ function showTimes(total: number, heap: number): void {
     rows.push(name, track, element("dd", milliseconds(load + run), "took"));
   }
   by("bars").replaceChildren(...rows);
-  const planned = plannedPeak ? `, planned ${megabytes(plannedPeak)}` : "";
-  by("memory").textContent = `memory ${megabytes(heap)}${planned}`;
+  by("memory").textContent = `memory ${megabytes(heap)}, ${megabytes(plannedPeak)} planned`;
   by("timing").hidden = false;
 }
 
