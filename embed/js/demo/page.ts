@@ -3,9 +3,15 @@ import { encodePng } from "../src/png.js";
 import type { FromWorker, Model, Pixels, ToWorker } from "./messages.js";
 
 const EXAMPLES = [
-  "a penguin", "a rocket on a black background", "a pizza", "an octopus on a pink background", "a cactus",
-  "a guitar on a yellow background", "a rainbow", "a fox on a green background",
-]; // prettier-ignore
+  "a penguin",
+  "a rocket on a black background",
+  "a pizza",
+  "an octopus on a pink background",
+  "a cactus",
+  "a guitar on a yellow background",
+  "a rainbow",
+  "a fox on a green background",
+];
 const NAMES: Record<string, string> = {
   text_encoder: "Text encoder",
   text_encoder_2: "Text encoder 2",
@@ -55,7 +61,10 @@ worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
       plannedPeak = Math.max(...data.plan.map(({ peak }) => peak));
       return;
     case "bytes":
-      return move(0.3 * Math.min(1, data.loaded / data.total), `Reading the model: ${megabytes(data.loaded)}`);
+      return move(
+        0.3 * Math.min(1, data.loaded / data.total),
+        `Reading the model: ${megabytes(data.loaded)}`,
+      );
     case "timed":
       return timed(data);
     case "step":
@@ -83,11 +92,14 @@ worker.onerror = (event) => {
 function opened(found: Model): void {
   model = found;
   const { allowedSteps } = found;
-  steps.max = String(allowedSteps.length ? Math.max(...allowedSteps) : Math.min(MOST_STEPS, 2 * found.steps));
+  steps.max = String(
+    allowedSteps.length ? Math.max(...allowedSteps) : Math.min(MOST_STEPS, 2 * found.steps),
+  );
   steps.min = String(allowedSteps.length ? Math.min(...allowedSteps) : 1);
   if (!asked.has("steps")) steps.value = String(found.steps);
   showSteps();
-  by("invite").textContent = `Press Draw, or choose an example. The model is ${megabytes(found.bytes)}.`;
+  by("invite").textContent =
+    `Press Draw, or choose an example. The model is ${megabytes(found.bytes)}.`;
   facts({
     Name: found.name,
     Picture: `${found.size[0]} × ${found.size[1]} pixels, ${found.steps} steps`,
@@ -106,20 +118,37 @@ function timed({ component, what, milliseconds }: FromWorker & { is: "timed" }):
   times.set(component, time);
   if (what === "load") time.load += milliseconds;
   else time.runs.push(milliseconds);
-  const next = { text_encoder: "Reading the prompt", unet: "Denoising", vae_decoder: "Decoding" }[component];
+  const next = { text_encoder: "Reading the prompt", unet: "Denoising", vae_decoder: "Decoding" }[
+    component
+  ];
   if (next && what === "load") move(progress.value, next);
   if (component === "vae_decoder") move(what === "load" ? 0.93 : 1, "Decoding");
 }
 
-async function drawn({ picture: pixels, milliseconds, heap }: FromWorker & { is: "drawn" }): Promise<void> {
+async function drawn({
+  picture: pixels,
+  milliseconds,
+  heap,
+}: FromWorker & { is: "drawn" }): Promise<void> {
   const done = job!;
   paint(picture, pixels);
   picture.setAttribute("aria-label", `Picture of: ${done.prompt}`);
   finish("Done", `${seconds(milliseconds)}`);
   showTimes(milliseconds, heap);
   remember(done, pixels);
-  const settings = { prompt: done.prompt, seed: `${done.seed}`, rng: "torch", steps: `${done.steps}` };
-  const about = { ...settings, size: `${pixels.width}x${pixels.height}`, bundle: model!.name, bundle_sha256: model!.sha256, software: "ferrotype.js" }; // prettier-ignore
+  const settings = {
+    prompt: done.prompt,
+    seed: `${done.seed}`,
+    rng: "torch",
+    steps: `${done.steps}`,
+  };
+  const about = {
+    ...settings,
+    size: `${pixels.width}x${pixels.height}`,
+    bundle: model!.name,
+    bundle_sha256: model!.sha256,
+    software: "ferrotype.js",
+  };
   await offer(new Blob([await encodePng(pixels, about)], { type: "image/png" }), done);
 }
 
@@ -127,7 +156,11 @@ async function drawn({ picture: pixels, milliseconds, heap }: FromWorker & { is:
 
 function draw(): void {
   if (job || !model || !form.reportValidity()) return;
-  job = { prompt: prompt.value.trim().replace(/\s+/g, " "), seed: seed.valueAsNumber, steps: steps.valueAsNumber };
+  job = {
+    prompt: prompt.value.trim().replace(/\s+/g, " "),
+    seed: seed.valueAsNumber,
+    steps: steps.valueAsNumber,
+  };
   times = new Map();
   by("alert").hidden = true;
   by("total").textContent = "";
@@ -135,7 +168,11 @@ function draw(): void {
   picture.classList.remove("on");
   preview.classList.remove("on");
   move(0, "Starting");
-  history.replaceState(null, "", `#${new URLSearchParams(Object.entries(job).map(([k, v]) => [k, String(v)]))}`);
+  history.replaceState(
+    null,
+    "",
+    `#${new URLSearchParams(Object.entries(job).map(([k, v]) => [k, String(v)]))}`,
+  );
   tell({ do: "draw", ...job, resident: resident.checked });
 }
 
@@ -144,7 +181,8 @@ function setBusy(busy: boolean): void {
   by("draw").textContent = busy ? "Drawing …" : "Draw";
   by("cancel").hidden = !busy;
   progress.classList.toggle("idle", !busy);
-  for (const button of document.querySelectorAll<HTMLButtonElement>("#examples button")) button.disabled = busy;
+  for (const button of document.querySelectorAll<HTMLButtonElement>("#examples button"))
+    button.disabled = busy;
   by<HTMLInputElement>("folder").disabled = busy;
   by("plate").setAttribute("aria-busy", String(busy));
 }
@@ -183,9 +221,15 @@ function showTimes(total: number, heap: number): void {
   const rows: HTMLElement[] = [];
   for (const [component, { load, runs }] of times) {
     const run = runs.reduce((sum, one) => sum + one, 0);
-    const name = element("dt", `${NAMES[component] ?? component}${runs.length > 1 ? ` × ${runs.length}` : ""}`);
+    const name = element(
+      "dt",
+      `${NAMES[component] ?? component}${runs.length > 1 ? ` × ${runs.length}` : ""}`,
+    );
     const track = element("dd", "", "track");
-    for (const [kind, took] of [["load", load], ["run", run]] as const) {
+    for (const [kind, took] of [
+      ["load", load],
+      ["run", run],
+    ] as const) {
       const bar = element("i", "", kind);
       bar.style.width = `${(100 * took) / total}%`;
       track.append(bar);
@@ -201,7 +245,13 @@ function showTimes(total: number, heap: number): void {
 async function offer(png: Blob, { prompt, seed }: Job): Promise<void> {
   URL.revokeObjectURL(saved);
   saved = URL.createObjectURL(png);
-  const name = `${prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 60) || "picture"}-${seed}.png`;
+  const name = `${
+    prompt
+      .toLowerCase()
+      .replace(/[^a-z0-9]+/g, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 60) || "picture"
+  }-${seed}.png`;
   const save = by<HTMLAnchorElement>("save");
   save.href = saved;
   save.download = name;

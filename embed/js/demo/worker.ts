@@ -77,7 +77,12 @@ function drawingBytes(): number {
 }
 
 async function draw(
-  { prompt, seed, steps, resident }: { prompt: string; seed: number; steps: number; resident: boolean },
+  {
+    prompt,
+    seed,
+    steps,
+    resident,
+  }: { prompt: string; seed: number; steps: number; resident: boolean },
   signal: AbortSignal,
 ): Promise<void> {
   if (!bundle) throw new Error("no bundle is open");

@@ -94,7 +94,9 @@ export class Engine {
     try {
       outputs = await this.session.run(feeds);
     } catch (error) {
-      throw new PipelineError(`onnxruntime cannot run ${this.component}: ${printable(String(error))}`);
+      throw new PipelineError(
+        `onnxruntime cannot run ${this.component}: ${printable(String(error))}`,
+      );
     } finally {
       for (const feed of Object.values(feeds)) feed.dispose();
     }
@@ -152,7 +154,9 @@ function tensor(ort: Ort, name: string, dtype: string, { data, shape }: NDArray)
   }
   if (dtype === "int32") return new ort.Tensor("int32", Int32Array.from(values), shape);
   if (dtype === "int64") return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape);
-  throw new BundleError(`${name} is ${printable(dtype, 40)}; only float32, float16, int32 and int64 are fed`);
+  throw new BundleError(
+    `${name} is ${printable(dtype, 40)}; only float32, float16, int32 and int64 are fed`,
+  );
 }
 
 function floats(output: Tensor): Float32Array {

@@ -25,6 +25,9 @@ export class PipelineError extends FerrotypeError {
 
 /** `text` as one short line that moves no cursor: bundles are others' words. */
 export function printable(text: string, limit = 300): string {
-  const line = text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => `\\u{${c.codePointAt(0)!.toString(16)}}`);
+  const line = text.replace(
+    /[\p{C}\p{Zl}\p{Zp}]/gu,
+    (c) => `\\u{${c.codePointAt(0)!.toString(16)}}`,
+  );
   return line.length <= limit ? line : `${line.slice(0, limit - 1)}…`;
 }

@@ -57,7 +57,9 @@ interface Optional<T> {
 }
 
 type Fields = Record<string, Reader<unknown> | Optional<unknown>>;
-type Read<F> = { [K in keyof F]: F[K] extends Reader<infer T> ? T : F[K] extends Optional<infer T> ? T : never };
+type Read<F> = {
+  [K in keyof F]: F[K] extends Reader<infer T> ? T : F[K] extends Optional<infer T> ? T : never;
+};
 
 export function optional<T>(reader: Reader<T>, otherwise: T): Optional<T> {
   return { reader, otherwise };
@@ -84,7 +86,7 @@ export function number(low = -Infinity, high = Infinity): Reader<number> {
 export function whole(low = -Infinity, high = Infinity): Reader<number> {
   const read = number(low, high);
   return (value, where) => {
-    if (!Number.isInteger(value)) throw expected("a whole number", value, where);
+    if (!Number.isSafeInteger(value)) throw expected("a whole number", value, where);
     return read(value, where);
   };
 }
@@ -142,7 +144,8 @@ export function record<F extends Fields>(fields: F): Reader<Read<F>> {
     const raw = object(value, where);
     const dot = where ? `${where}.` : "";
     for (const name of Object.keys(raw)) {
-      if (!Object.hasOwn(fields, name)) throw new FormatError(`${dot}${name}: not a field of format 1`);
+      if (!Object.hasOwn(fields, name))
+        throw new FormatError(`${dot}${name}: not a field of format 1`);
     }
     const entries = Object.entries(fields).map(([name, field]) => {
       if (Object.hasOwn(raw, name)) {

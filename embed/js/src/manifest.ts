@@ -1,9 +1,23 @@
 /** A bundle's manifest, read as strictly as bundle.py reads it; docs/bundle.md is the format. */
 import { BundleError, OptionError, printable } from "./errors.js";
 import {
-  FormatError, anything, flag, list, named, nullable, number, oneOf, optional, pair, record, strictJson,
-  text, tuple, whole, type Reader,
-} from "./json.js"; // prettier-ignore
+  FormatError,
+  anything,
+  flag,
+  list,
+  named,
+  nullable,
+  number,
+  oneOf,
+  optional,
+  pair,
+  record,
+  strictJson,
+  text,
+  tuple,
+  whole,
+  type Reader,
+} from "./json.js";
 
 const FORMAT = 1;
 export const MANIFEST = "manifest.json";
@@ -192,7 +206,8 @@ function checkNetworks({ components, preview }: Manifest): void {
   }
   for (const name of Object.keys(TEXT_ENCODERS)) {
     const part = components.get(name);
-    if (part) checkOutput(components, name, statesOf(part.outputs.keys()) || "last_hidden_state", 3);
+    if (part)
+      checkOutput(components, name, statesOf(part.outputs.keys()) || "last_hidden_state", 3);
   }
   const decoder = components.get("vae_decoder")?.config;
   if (decoder) {
@@ -211,21 +226,31 @@ function checkNetworks({ components, preview }: Manifest): void {
     require(whole(4, 1 << 16)(width, where) % 2 === 0, `${where} is ${width}, not even`);
   }
   const ids = unet?.inputs.get("time_ids")?.shape;
-  require(!ids || (ids.length === 2 && ids[1] === TIME_IDS), `unet: time_ids is not of ${TIME_IDS}`);
+  require(!ids ||
+    (ids.length === 2 && ids[1] === TIME_IDS), `unet: time_ids is not of ${TIME_IDS}`);
   if (unet?.inputs.has("text_embeds")) {
-    require(components.has("text_encoder_2"), "components: no text_encoder_2, which the unet needs");
+    require(components.has(
+      "text_encoder_2",
+    ), "components: no text_encoder_2, which the unet needs");
     checkOutput(components, "text_encoder_2", "text_embeds", 2);
   }
 }
 
-function checkOutput(parts: Manifest["components"], name: string, output: string, rank: number): void {
+function checkOutput(
+  parts: Manifest["components"],
+  name: string,
+  output: string,
+  rank: number,
+): void {
   const found = parts.get(name)!.outputs.get(output)?.shape.length;
   require(found === rank, `components.${name}.outputs: no ${output} of ${rank} dimensions`);
 }
 
 /** Which of a text encoder's outputs the U-Net attends to; empty if it is not just one. */
 export function statesOf(outputs: Iterable<string>): string {
-  const found = [...outputs].filter((name) => /^(last_hidden_state|hidden_states\.\d+)$/.test(name));
+  const found = [...outputs].filter((name) =>
+    /^(last_hidden_state|hidden_states\.\d+)$/.test(name),
+  );
   return found.length === 1 ? found[0]! : "";
 }
 

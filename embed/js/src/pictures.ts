@@ -54,7 +54,8 @@ export function toPreview(
   for (let i = 0; i < count; i++) {
     for (let rgb = 0; rgb < 3; rgb++) {
       let value = bias[rgb]!;
-      for (let c = 0; c + 1 < weights.length; c++) value += latents[c * count + i]! * weights[c]![rgb]!;
+      for (let c = 0; c + 1 < weights.length; c++)
+        value += latents[c * count + i]! * weights[c]![rgb]!;
       planes[rgb * count + i] = value;
     }
   }

@@ -8,7 +8,16 @@ import { toPicture, toPlanes, toPreview, type Picture } from "./pictures.js";
 import { planStages, type Stage } from "./plan.js";
 import { MAX_CHUNKS, parse, weigh } from "./prompts.js";
 import { checkRecipe } from "./recipes.js";
-import { ETA, SAMPLERS, SPACING, makeTable, sample, start, type Denoised, type Table } from "./samplers.js";
+import {
+  ETA,
+  SAMPLERS,
+  SPACING,
+  makeTable,
+  sample,
+  start,
+  type Denoised,
+  type Table,
+} from "./samplers.js";
 import { choose } from "./schedules.js";
 import { makeNoise, type Noise } from "./seeds.js";
 import { Tokenizer, type Tokens } from "./tokenizer.js";
@@ -106,7 +115,13 @@ export class Pipeline {
     }
     if (sampler !== undefined && sampler !== own.sampler) {
       choose("sampler", sampler, SAMPLERS);
-      recipe = { ...recipe, sampler, spacing: SPACING[sampler] ?? "trailing", eta: ETA[sampler] ?? 0, timesteps: [] }; // prettier-ignore
+      recipe = {
+        ...recipe,
+        sampler,
+        spacing: SPACING[sampler] ?? "trailing",
+        eta: ETA[sampler] ?? 0,
+        timesteps: [],
+      };
     }
     recipe = {
       ...recipe,
@@ -199,7 +214,9 @@ export class Pipeline {
       if (tokens.dropped) {
         const read = tokens.ids.flat().length;
         const lost = printable(tokens.dropped, 40);
-        this.options.note?.(`the text encoder reads ${read} tokens, so the end of the prompt is unused: '${lost}'`);
+        this.options.note?.(
+          `the text encoder reads ${read} tokens, so the end of the prompt is unused: '${lost}'`,
+        );
       }
       found.set(encoder, (await this.#tokenizer(encoder, options)).padded(tokens, most));
     }
@@ -317,7 +334,10 @@ export class Pipeline {
   async #encodeBoth(prompt: string, run: Run): Promise<[Text, Text?]> {
     const { options, recipe } = run;
     const negative = options.negative ?? "";
-    const [long, other] = [await this.tokens(prompt, options), await this.tokens(negative, options)];
+    const [long, other] = [
+      await this.tokens(prompt, options),
+      await this.tokens(negative, options),
+    ];
     const chunks = Math.max(chunksOf(long), this.#twoPasses(recipe.guidance) ? chunksOf(other) : 1);
     const text = await this.#encode(prompt, long, chunks, options);
     if (!this.#twoPasses(recipe.guidance)) return [text];
@@ -325,7 +345,12 @@ export class Pipeline {
     return [text, await this.#encode(negative, other, chunks, options)];
   }
 
-  async #encode(prompt: string, all: Map<string, Tokens>, chunks: number, options: ReadOptions): Promise<Text> {
+  async #encode(
+    prompt: string,
+    all: Map<string, Tokens>,
+    chunks: number,
+    options: ReadOptions,
+  ): Promise<Text> {
     const key = `${chunks} ${prompt}`;
     const known = this.#texts.get(key);
     if (known) return known;
@@ -367,7 +392,11 @@ export class Pipeline {
 
   // --- components -------------------------------------------------------------------------------
 
-  #run(component: string, inputs: Arrays, options: ReadOptions): Promise<Record<string, Float32NDArray>> {
+  #run(
+    component: string,
+    inputs: Arrays,
+    options: ReadOptions,
+  ): Promise<Record<string, Float32NDArray>> {
     return this.#alone(async () => {
       if (options.signal) await waiting(); // an engine that blocks its thread hides messages
       options.signal?.throwIfAborted();

@@ -66,7 +66,10 @@ function estimate({ memory }: Component, bytes: number, [width, height]: Size): 
     .sort((a, b) => a.pixels - b.pixels);
   if (!points.length) return UNMEASURED * bytes;
   const pixels = width * height;
-  const above = Math.max(1, points.findIndex((point) => point.pixels >= pixels));
+  const above = Math.max(
+    1,
+    points.findIndex((point) => point.pixels >= pixels),
+  );
   const [low, high] = [points[above - 1]!, points[above] ?? points.at(-1)!];
   if (low.pixels === high.pixels) return low.total;
   const slope = (high.total - low.total) / (high.pixels - low.pixels);

@@ -11,7 +11,8 @@ export const MAX_CHUNKS = 32;
 const MEANT = 0.01; // the least of a mean that says something, to that of the magnitudes
 
 // Python's \s, \d and \w, which are Unicode's and not quite JavaScript's.
-const SPACE = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]";
+const SPACE =
+  "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]";
 const NUMBER = "[+-]?(?:\\p{Nd}+\\.?\\p{Nd}*|\\.\\p{Nd}+)";
 const WORD = "[\\p{L}\\p{N}_]";
 const MARK = new RegExp(

@@ -15,8 +15,14 @@ import type { Noise } from "./seeds.js";
 const FORMAT = "ferrotype-sampler";
 const VERSION = 1;
 const KEYS = new Set([
-  "format", "version", "sampler", "start_image", "start_noise", "columns", "rows",
-]); // prettier-ignore
+  "format",
+  "version",
+  "sampler",
+  "start_image",
+  "start_noise",
+  "columns",
+  "rows",
+]);
 
 /** The columns of a row, in order; every number is exactly a float32. */
 export const COLUMNS = ["timestep", "scale", "a", "b", "cx", "c0", "c1", "c2", "cn"] as const;
@@ -100,8 +106,13 @@ export async function* sample(
     const denoised = sum(length, [row.a, x], [row.b, output]);
     const fresh = row.cn ? noise(length) : undefined;
     x = sum(
-      length, [row.cx, x], [row.c0, denoised], [row.c1, previous], [row.c2, before], [row.cn, fresh],
-    ); // prettier-ignore
+      length,
+      [row.cx, x],
+      [row.c0, denoised],
+      [row.c1, previous],
+      [row.c2, before],
+      [row.cn, fresh],
+    );
     yield { index: i + 1, total: table.rows.length, latents: x, denoised };
     [before, previous] = [previous, denoised];
   }
@@ -176,8 +187,12 @@ function lcm(recipe: Recipe, strength?: number): Plan {
   const out = scaled.map((s) => s / Math.sqrt(s ** 2 + 0.25));
   const bound = (column: number[]): number[] => column.map((value, i) => out[i]! * value);
   const columns: Plan["columns"] = [
-    t, scale, bound(a).map((value, i) => value + skip[i]!), bound(b), ...rest,
-  ]; // prettier-ignore
+    t,
+    scale,
+    bound(a).map((value, i) => value + skip[i]!),
+    bound(b),
+    ...rest,
+  ];
   return { ...plan, columns };
 }
 
@@ -224,9 +239,7 @@ function dpmpp2m(recipe: Recipe, strength?: number): Plan {
 /** DPM-Solver++(2M) on the sigmas of Karras et al., whatever the spacing. */
 function dpmpp2mKarras(recipe: Recipe, strength?: number): Plan {
   if (recipe.timesteps.length) {
-    throw new OptionError(
-      "dpmpp_2m_karras places its own timesteps: leave recipe.timesteps empty",
-    );
+    throw new OptionError("dpmpp_2m_karras places its own timesteps: leave recipe.timesteps empty");
   }
   schedules.requireSteps("steps", recipe.steps, recipe.train_steps);
   const levels = schedules.sigmas(schedules.alphasCumprod(recipe));
@@ -345,8 +358,16 @@ function variancePreserving(
   const sigma = c.sigma ?? cumprod.map((value) => Math.sqrt(1 - value));
   const pairs = alpha.map((value, i) => PREDICTIONS[recipe.prediction_type]!(value, sigma[i]!));
   const columns: Plan["columns"] = [
-    t, 1, pairs.map(([a]) => a), pairs.map(([, b]) => b), c.cx, c.c0, c.c1 ?? 0, c.c2 ?? 0, c.cn ?? 0,
-  ]; // prettier-ignore
+    t,
+    1,
+    pairs.map(([a]) => a),
+    pairs.map(([, b]) => b),
+    c.cx,
+    c.c0,
+    c.c1 ?? 0,
+    c.c2 ?? 0,
+    c.cn ?? 0,
+  ];
   return { columns, textStart: [0, 1], imageStart: [alpha[0]!, sigma[0]!] };
 }
 

@@ -12,9 +12,9 @@ const { fround } = Math;
 
 // Cephes' single precision polynomials (S. Moshier), highest power first.
 const LOG = [
-  7.0376836292e-2, -1.151461031e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+  7.0376836292e-2, -1.151461031e-1, 1.167699874e-1, -1.2420140846e-1, 1.4249322787e-1,
   -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-].map(fround); // prettier-ignore
+].map(fround);
 const SIN = [-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1].map(fround);
 const COS = [2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2].map(fround);
 const LN2 = [-2.1219444e-4, 0.693359375].map(fround); // low and high part
@@ -39,9 +39,7 @@ function checked(seed: number | bigint, bits: bigint): bigint {
   }
   const value = BigInt(seed);
   if (value < 0n || value >= 1n << bits) {
-    throw new OptionError(
-      `seed ${value} is outside 0 to ${(1n << bits) - 1n}: choose one inside`,
-    );
+    throw new OptionError(`seed ${value} is outside 0 to ${(1n << bits) - 1n}: choose one inside`);
   }
   return value;
 }

@@ -56,7 +56,11 @@ export function fromUrl(
 }
 
 /** A response's bytes, into a buffer of the size that they must have. */
-async function body(response: Response, name: string, file: ReadFile): Promise<Uint8Array<ArrayBuffer>> {
+async function body(
+  response: Response,
+  name: string,
+  file: ReadFile,
+): Promise<Uint8Array<ArrayBuffer>> {
   const reader = response.body?.getReader();
   const pieces: Uint8Array[] = [];
   const whole = file.bytes === undefined ? null : new Uint8Array(file.bytes);
@@ -134,7 +138,9 @@ function truncated(name: string, at: number, { bytes }: ReadFile, why = ""): Bun
 }
 
 function tooLong(name: string, { bytes, limit }: ReadFile): BundleError {
-  const wanted = bytes === undefined ? `more than ${count(limit)} bytes, the limit` :
-    `more than the ${count(bytes)} bytes that its manifest says`; // prettier-ignore
+  const wanted =
+    bytes === undefined
+      ? `more than ${count(limit)} bytes, the limit`
+      : `more than the ${count(bytes)} bytes that its manifest says`;
   return new BundleError(`${name} has ${wanted}: it is not of this bundle`);
 }

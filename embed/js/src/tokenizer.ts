@@ -2,7 +2,7 @@
  * Prompt to token ids: CLIP's byte-pair encoding from a bundle's tokenizer.json, with the results of
  * the `tokenizers` library that the Python runtime uses (runtime/tokenizer.py).
  */
-import { BundleError, printable } from "./errors.js";
+import { BundleError, OptionError, printable } from "./errors.js";
 import * as prompts from "./prompts.js";
 import type { Span } from "./prompts.js";
 import { LETTERS, NUMBERS } from "./unicode.js";
@@ -42,7 +42,7 @@ const SPLITS = new Map(
 // GPT-2's own splitting, which the byte-level step does once more.
 const PARTS = new RegExp(`${CONTRACTIONS}|[${L}]+|[${N}]+|[^${WHITE}${L}${N}]+`, "gu");
 const MAX_WORDS = 10_000; // whose tokens are remembered
-const MAX_TEXT = 1 << 20; // characters of a prompt
+const MAX_TEXT = 1 << 16; // characters of a prompt
 
 export class Tokenizer {
   readonly #vocab: Map<string, number>;
@@ -123,7 +123,9 @@ export class Tokenizer {
 
   /** The ids of a text, without start and end. */
   encode(text: string): number[] {
-    if (text.length > MAX_TEXT) throw new RangeError(`a prompt of ${text.length} characters`);
+    if (text.length > MAX_TEXT) {
+      throw new OptionError(`the prompt has ${text.length} characters, the most is ${MAX_TEXT}`);
+    }
     const raw = this.#added.filter(({ normalized }) => !normalized);
     const normal = this.#added.filter(({ normalized }) => normalized);
     return cut(text, raw, (token) => token.content).flatMap((piece) =>
@@ -154,18 +156,17 @@ export class Tokenizer {
   #merged(word: string): string[] {
     const letters = Array.from(new TextEncoder().encode(word), (byte) => BYTES[byte]!);
     letters[letters.length - 1] += SUFFIX;
-    let parts = letters.map((letter) =>
+    const parts = letters.map((letter) =>
       this.#vocab.has(letter) ? letter : (this.#unknown ?? letter),
     );
+    const merge = (i: number) => this.#merges.get(`${parts[i]} ${parts[i + 1]}`);
+    const ranks = parts.map((_, i) => merge(i)?.rank ?? Infinity); // of a part and the next
     for (;;) {
-      let best: { rank: number; joined: string } | undefined;
-      let at = -1;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const found = this.#merges.get(`${parts[i]} ${parts[i + 1]}`);
-        if (found && (!best || found.rank < best.rank)) [best, at] = [found, i];
-      }
-      if (!best) return parts;
-      parts = [...parts.slice(0, at), best.joined, ...parts.slice(at + 2)];
+      const best = ranks.reduce((least, rank, i) => (rank < ranks[least]! ? i : least), 0);
+      if (!(ranks[best]! < Infinity)) return parts;
+      parts.splice(best, 2, merge(best)!.joined);
+      ranks.splice(best, 1);
+      for (const i of [best - 1, best]) if (i >= 0) ranks[i] = merge(i)?.rank ?? Infinity;
     }
   }
 
@@ -218,7 +219,11 @@ function normalize(text: string): string {
 }
 
 /** A text cut at its tokens, the longest of those that begin at one place. */
-function cut(text: string, tokens: Added[], spelling: (token: Added) => string): (string | Added)[] {
+function cut(
+  text: string,
+  tokens: Added[],
+  spelling: (token: Added) => string,
+): (string | Added)[] {
   const known = new Map(tokens.map((token) => [spelling(token), token]));
   known.delete("");
   if (!known.size) return text ? [text] : [];
@@ -263,12 +268,23 @@ function checkKind(raw: any): RegExp {
   is(model.end_of_word_suffix, SUFFIX, "suffix");
   is(model.continuing_subword_prefix || "", "", "prefix");
   is(model.dropout ?? null, null, "dropout");
-  is([model.byte_fallback ?? false, model.ignore_merges ?? false, model.fuse_unk ?? false],
-    [false, false, false], "model's options"); // prettier-ignore
-  is(normalizer.normalizers.map((n: any) => n.type), ["NFC", "Replace", "Lowercase"], "normalizer");
+  is(
+    [model.byte_fallback ?? false, model.ignore_merges ?? false, model.fuse_unk ?? false],
+    [false, false, false],
+    "model's options",
+  );
+  is(
+    normalizer.normalizers.map((n: any) => n.type),
+    ["NFC", "Replace", "Lowercase"],
+    "normalizer",
+  );
   is(normalizer.normalizers[1].pattern, { Regex: "\\s+" }, "normalizer's pattern");
   is(normalizer.normalizers[1].content, " ", "normalizer's content");
-  is(before.pretokenizers.map((p: any) => p.type), ["Split", "ByteLevel"], "pre-tokenizer");
+  is(
+    before.pretokenizers.map((p: any) => p.type),
+    ["Split", "ByteLevel"],
+    "pre-tokenizer",
+  );
   const [first, bytes] = before.pretokenizers;
   is([first.behavior, first.invert], ["Removed", true], "splitting");
   is([bytes.add_prefix_space, bytes.use_regex ?? true], [false, true], "byte-level step");
@@ -304,12 +320,15 @@ function whole(value: unknown, what = "an id"): number {
 function classOf(table: string): string {
   const escape = (code: number): string => `\\u{${code.toString(16)}}`;
   let last = 0;
-  const ranges = table.trim().split(" ").map((range) => {
-    const [gap, length = "0"] = range.split(".") as [string, string?];
-    const first = last + parseInt(gap, 36);
-    last = first + parseInt(length, 36);
-    return `${escape(first)}-${escape(last)}`;
-  });
+  const ranges = table
+    .trim()
+    .split(" ")
+    .map((range) => {
+      const [gap, length = "0"] = range.split(".") as [string, string?];
+      const first = last + parseInt(gap, 36);
+      last = first + parseInt(length, 36);
+      return `${escape(first)}-${escape(last)}`;
+    });
   return ranges.join("");
 }
 

@@ -4,7 +4,15 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import * as native from "onnxruntime-node";
 import * as wasm from "onnxruntime-web/wasm";
-import { Pipeline, makeNoise, makeTable, OptionError, parseTable, Tokenizer, type Ort } from "../src/index.js";
+import {
+  Pipeline,
+  makeNoise,
+  makeTable,
+  OptionError,
+  parseTable,
+  Tokenizer,
+  type Ort,
+} from "../src/index.js";
 import { open } from "../src/node.js";
 import { psnr, root } from "./tools.js";
 
@@ -23,7 +31,11 @@ test("token ids and weights", () => {
   for (const { prompt, ids, weights } of tokens) {
     const found = tokenizer.chunks(prompt, chunks);
     assert.deepEqual(found.ids, ids, prompt);
-    assert.deepEqual(found.weights.flat().map(Math.fround), weights.flat().map(Math.fround), prompt);
+    assert.deepEqual(
+      found.weights.flat().map(Math.fround),
+      weights.flat().map(Math.fround),
+      prompt,
+    );
   }
 });
 
@@ -37,7 +49,8 @@ test("noise, bit for bit", () => {
     let at = offset;
     for (const count of draws) {
       const found = noise(count);
-      for (let i = 0; i < count; i++) assert.ok(Object.is(found[i], values[at + i]), `${rng} ${seed}`);
+      for (let i = 0; i < count; i++)
+        assert.ok(Object.is(found[i], values[at + i]), `${rng} ${seed}`);
       at += count;
     }
   }
@@ -54,7 +67,10 @@ test("sampler tables, bit for bit", () => {
   assert.ok(made > 100);
 });
 
-const engines: [string, Ort, boolean][] = [["node", native, true], ["wasm", wasm, false]];
+const engines: [string, Ort, boolean][] = [
+  ["node", native, true],
+  ["wasm", wasm, false],
+];
 
 for (const [name, ort, byPath] of engines) {
   test(`latents after each step and the picture, onnxruntime of ${name}`, async () => {
@@ -88,4 +104,3 @@ for (const [name, ort, byPath] of engines) {
     }
   });
 }
-

@@ -12,9 +12,13 @@ import { makeNoise } from "../src/seeds.js";
 import { Tokenizer } from "../src/tokenizer.js";
 
 const [, , asked, answered] = process.argv as [string, string, string, string];
-const { tokens = [], parsed = [], noise = [], tables = [], manifests = [] } = JSON.parse(
-  readFileSync(asked, "utf8"),
-);
+const {
+  tokens = [],
+  parsed = [],
+  noise = [],
+  tables = [],
+  manifests = [],
+} = JSON.parse(readFileSync(asked, "utf8"));
 
 /** What a call returns, or what it says is wrong. */
 function or<T>(call: () => T): T | string {

@@ -8,7 +8,9 @@ const here = fileURLToPath(new URL(".", import.meta.url));
 const out = fileURLToPath(new URL("../build/test/", import.meta.url));
 rmSync(out, { recursive: true, force: true });
 await build({
-  entryPoints: readdirSync(here).filter((name) => name.endsWith(".ts")).map((name) => here + name),
+  entryPoints: readdirSync(here)
+    .filter((name) => name.endsWith(".ts"))
+    .map((name) => here + name),
   outdir: out,
   outExtension: { ".js": ".mjs" },
   bundle: true,
@@ -21,6 +23,10 @@ await build({
 });
 if (!process.argv.includes("--only-build")) {
   const tests = readdirSync(out).filter((name) => name.endsWith(".test.mjs"));
-  const done = spawnSync(process.execPath, ["--enable-source-maps", "--test", ...tests.map((name) => out + name)], { stdio: "inherit" });
+  const done = spawnSync(
+    process.execPath,
+    ["--enable-source-maps", "--test", ...tests.map((name) => out + name)],
+    { stdio: "inherit" },
+  );
   process.exit(done.status ?? 1);
 }

@@ -1,7 +1,15 @@
 /** What no vector says: damaged bundles, cancelling, the order of stages, refusals. */
 import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
-import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, truncateSync, writeFileSync } from "node:fs";
+import {
+  cpSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer, type RequestListener } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
@@ -12,8 +20,16 @@ import { halves } from "../src/engine.js";
 import { strictJson } from "../src/json.js";
 import { parseManifest } from "../src/manifest.js";
 import {
-  BundleError, OptionError, Pipeline, fromFiles, fromUrl, makeNoise, open, parseTable, type Watched,
-} from "../src/index.js"; // prettier-ignore
+  BundleError,
+  OptionError,
+  Pipeline,
+  fromFiles,
+  fromUrl,
+  makeNoise,
+  open,
+  parseTable,
+  type Watched,
+} from "../src/index.js";
 import { open as openFolder } from "../src/node.js";
 import { plainSha256, sha256 } from "../src/sha256.js";
 import { root } from "./tools.js";
@@ -39,7 +55,8 @@ async function served<T>(listener: RequestListener, use: (url: string) => Promis
   }
 }
 
-const file = (url: string): Buffer => readFileSync(join(EMOJI, url.replace("/emoji.ferro/", "").split("?")[0]!));
+const file = (url: string): Buffer =>
+  readFileSync(join(EMOJI, url.replace("/emoji.ferro/", "").split("?")[0]!));
 
 test("sha256, written out, is Web Crypto's", async () => {
   for (const length of [0, 1, 55, 56, 63, 64, 65, 119, 120, 1000, 4096 + 7]) {
@@ -53,20 +70,43 @@ test("sha256, written out, is Web Crypto's", async () => {
 test("float16 to the nearest, ties to even", () => {
   // value, bits: by IEEE 754's table of binary16
   const known: [number, number][] = [
-    [0, 0], [-0, 0x8000], [1, 0x3c00], [-2, 0xc000], [65504, 0x7bff], [65519.99, 0x7bff], [65520, 0x7c00],
-    [-Infinity, 0xfc00], [2 ** -14, 0x0400], [2 ** -24, 1], [2 ** -25, 0], [3 * 2 ** -25, 2],
-    [1 + 2 ** -11, 0x3c00], [1 + 3 * 2 ** -11, 0x3c02], [0.1, 0x2e66], [NaN, 0x7e00], [2047.6, 0x6800],
-  ]; // prettier-ignore
+    [0, 0],
+    [-0, 0x8000],
+    [1, 0x3c00],
+    [-2, 0xc000],
+    [65504, 0x7bff],
+    [65519.99, 0x7bff],
+    [65520, 0x7c00],
+    [-Infinity, 0xfc00],
+    [2 ** -14, 0x0400],
+    [2 ** -24, 1],
+    [2 ** -25, 0],
+    [3 * 2 ** -25, 2],
+    [1 + 2 ** -11, 0x3c00],
+    [1 + 3 * 2 ** -11, 0x3c02],
+    [0.1, 0x2e66],
+    [NaN, 0x7e00],
+    [2047.6, 0x6800],
+  ];
   for (const [value, bits] of known) assert.equal(halves([value])[0], bits, String(value));
 });
 
 test("JSON that parsers read differently is refused", () => {
-  assert.deepEqual(strictJson('{"a": [1, "a", {"a": -2.5e3}], "b\\"": null}'), { a: [1, "a", { a: -2500 }], 'b"': null });
+  assert.deepEqual(strictJson('{"a": [1, "a", {"a": -2.5e3}], "b\\"": null}'), {
+    a: [1, "a", { a: -2500 }],
+    'b"': null,
+  });
   for (const [text, said] of [
-    ['{"a": 1, "a": 2}', /twice/], ['{"a": 1, "\\u0061": 2}', /twice/], ['{"x": [{"b": 1, "c": "b", "b": 3}]}', /twice/],
-    ['{"a": 1e999}', /finite/], ['{"a": 9223372036854775808}', /64 bits/],
-    ["[".repeat(33) + "]".repeat(33), /deeper/], ['{"a": NaN}', /JSON/], ["{} x", /JSON/],
-  ] as const) assert.throws(() => strictJson(text), said); // prettier-ignore
+    ['{"a": 1, "a": 2}', /twice/],
+    ['{"a": 1, "\\u0061": 2}', /twice/],
+    ['{"x": [{"b": 1, "c": "b", "b": 3}]}', /twice/],
+    ['{"a": 1e999}', /finite/],
+    ['{"a": 9223372036854775808}', /64 bits/],
+    ["[".repeat(33) + "]".repeat(33), /deeper/],
+    ['{"a": NaN}', /JSON/],
+    ["{} x", /JSON/],
+  ] as const)
+    assert.throws(() => strictJson(text), said);
 });
 
 test("a bundle is read by URL, and what is wrong with it is said", async () => {
@@ -78,7 +118,10 @@ test("a bundle is read by URL, and what is wrong with it is said", async () => {
     },
     async (url) => {
       const bundle = await open(fromUrl(url));
-      assert.equal(bundle.sha256, createHash("sha256").update(file("/emoji.ferro/manifest.json")).digest("hex"));
+      assert.equal(
+        bundle.sha256,
+        createHash("sha256").update(file("/emoji.ferro/manifest.json")).digest("hex"),
+      );
       let came = 0;
       const name = "text_encoder/model.onnx.data";
       const data = await bundle.read(name, { onBytes: (count) => (came += count) });
@@ -89,9 +132,21 @@ test("a bundle is read by URL, and what is wrong with it is said", async () => {
   );
   const name = "unet/model.onnx";
   const faults: [string, (data: Buffer) => Buffer | number | null, RegExp][] = [
-    ["cut off", (data) => data.subarray(0, 1000), /unet\/model.onnx ended after 1,000 of [\d,]+ bytes.*fetch it again/],
-    ["too long", (data) => Buffer.concat([data, data]), /more than the [\d,]+ bytes that its manifest says/],
-    ["another", (data) => Buffer.alloc(data.length), /sha256 of unet\/model.onnx is .*damaged or replaced/],
+    [
+      "cut off",
+      (data) => data.subarray(0, 1000),
+      /unet\/model.onnx ended after 1,000 of [\d,]+ bytes.*fetch it again/,
+    ],
+    [
+      "too long",
+      (data) => Buffer.concat([data, data]),
+      /more than the [\d,]+ bytes that its manifest says/,
+    ],
+    [
+      "another",
+      (data) => Buffer.alloc(data.length),
+      /sha256 of unet\/model.onnx is .*damaged or replaced/,
+    ],
     ["missing", () => 404, /answers 404: the bundle is incomplete/],
     ["broken off", () => null, /ended after [\d,]+ of [\d,]+ bytes|cannot be fetched/],
   ];
@@ -152,7 +207,10 @@ test("a folder on disk", async () => {
   symlinkSync(join(EMOJI, "unet/model.onnx"), join(linked, "unet/model.onnx"));
   await assert.rejects((await openFolder(linked)).verify(), /is a link that leaves the bundle/);
   await assert.rejects(openFolder(scratch), /is not a bundle: its manifest.json is missing/);
-  await assert.rejects(openFolder(root("models/emoji.ferro")), /is for native, this library runs onnx/);
+  await assert.rejects(
+    openFolder(root("models/emoji.ferro")),
+    /is for native, this library runs onnx/,
+  );
   const flipped = copy("flipped");
   const path = join(flipped, "text_encoder/model.onnx.data");
   const data = readFileSync(path);
@@ -165,14 +223,20 @@ test("a folder on disk", async () => {
 test("chosen files", async () => {
   const { files } = parseManifest(readFileSync(join(EMOJI, "manifest.json"), "utf8"));
   const all = new Map<string, Blob>(
-    ["manifest.json", ...files.keys()].map((name) => [`Downloads/emoji.ferro/${name}`, new Blob([readFileSync(join(EMOJI, name))])]),
+    ["manifest.json", ...files.keys()].map((name) => [
+      `Downloads/emoji.ferro/${name}`,
+      new Blob([readFileSync(join(EMOJI, name))]),
+    ]),
   );
   const bundle = await open(fromFiles(all));
   await bundle.verify({ paths: ["text_encoder", "tokenizer"] });
   all.delete("Downloads/emoji.ferro/unet/model.onnx");
   const fewer = await open(fromFiles(all));
   await assert.rejects(fewer.read("unet/model.onnx"), /is missing: choose the whole folder/);
-  await assert.rejects(open(fromFiles([new File(["x"], "x.png")])), /no manifest.json is among them/);
+  await assert.rejects(
+    open(fromFiles([new File(["x"], "x.png")])),
+    /no manifest.json is among them/,
+  );
 });
 
 test("stages are loaded and released in the plan's order, one at a time", async () => {
@@ -180,10 +244,24 @@ test("stages are loaded and released in the plan's order, one at a time", async 
   const bundle = await openFolder(EMOJI);
   const pipe = new Pipeline(bundle, { ort, watch: (event) => events.push(event) });
   const planned = pipe.plan({ steps: 2 });
-  assert.deepEqual(planned.map(({ component, runs }) => [component, runs]), [["text_encoder", 1], ["unet", 2], ["vae_decoder", 1]]);
+  assert.deepEqual(
+    planned.map(({ component, runs }) => [component, runs]),
+    [
+      ["text_encoder", 1],
+      ["unet", 2],
+      ["vae_decoder", 1],
+    ],
+  );
   await pipe.generate("a pizza", { steps: 2 });
-  const expected = planned.flatMap(({ component, runs }) => [`${component} load`, ...Array(runs).fill(`${component} run`), `${component} free`]);
-  assert.deepEqual(events.map(({ component, what }) => `${component} ${what}`), expected);
+  const expected = planned.flatMap(({ component, runs }) => [
+    `${component} load`,
+    ...Array(runs).fill(`${component} run`),
+    `${component} free`,
+  ]);
+  assert.deepEqual(
+    events.map(({ component, what }) => `${component} ${what}`),
+    expected,
+  );
   events.length = 0;
   await pipe.generate("a pizza", { steps: 1, seed: 5 }); // the prompt is known
   assert.ok(!events.some(({ component }) => component === "text_encoder"));
@@ -222,32 +300,62 @@ test("from an image", async () => {
   const pipe = new Pipeline(await openFolder(EMOJI), { ort });
   const image = await pipe.generate("a pizza", { seed: 1 });
   const near = await pipe.generate("a pizza", { image, strength: 0.3, steps: 2 });
-  const differ = near.data.reduce((sum, value, i) => sum + Math.abs(value - image.data[i]!), 0) / near.data.length;
+  const differ =
+    near.data.reduce((sum, value, i) => sum + Math.abs(value - image.data[i]!), 0) /
+    near.data.length;
   assert.ok(differ > 0 && differ < 12, String(differ));
-  assert.throws(() => pipe.steps("x", { image, size: [64, 64] }), /the image is 128x128: scale it to 64x64/);
+  assert.throws(
+    () => pipe.steps("x", { image, size: [64, 64] }),
+    /the image is 128x128: scale it to 64x64/,
+  );
 });
 
 test("refusals come before anything is loaded", async () => {
   const pipe = new Pipeline(await openFolder(EMOJI), { ort });
   for (const [options, said] of [
-    [{ size: [100, 128] }, /100 is no multiple of 8, try 104/], [{ steps: 0 }, /steps must be a whole number/],
-    [{ seed: -1 }, /outside 0 to 18446744073709551615/], [{ seed: 1.5 }, /a seed is a whole number/],
-    [{ sampler: "heun" }, /unknown sampler "heun": choose from ddim/], [{ guidance: 51 }, /must be from 0 to 50/],
-    [{ negative: "x" }, /no effect at guidance 1/], [{ rng: "dice" }, /unknown rng/], [{ steps: 51 }, /51 steps need/],
-  ] as const) assert.throws(() => pipe.steps("x", options as object), (e: Error) => e instanceof OptionError && said.test(e.message)); // prettier-ignore
+    [{ size: [100, 128] }, /100 is no multiple of 8, try 104/],
+    [{ steps: 0 }, /steps must be a whole number/],
+    [{ seed: -1 }, /outside 0 to 18446744073709551615/],
+    [{ seed: 1.5 }, /a seed is a whole number/],
+    [{ sampler: "heun" }, /unknown sampler "heun": choose from ddim/],
+    [{ guidance: 51 }, /must be from 0 to 50/],
+    [{ negative: "x" }, /no effect at guidance 1/],
+    [{ rng: "dice" }, /unknown rng/],
+    [{ steps: 51 }, /51 steps need/],
+  ] as const)
+    assert.throws(
+      () => pipe.steps("x", options as object),
+      (e: Error) => e instanceof OptionError && said.test(e.message),
+    );
   assert.throws(() => pipe.steps("(a:101)"), /weight 101 of 'a'/);
   const small = new Pipeline(pipe.bundle, { ort, memory: 20 << 20 });
-  assert.throws(() => small.steps("x"), /unet needs about [\d,]+ MiB at 128x128, the limit is 20 MiB: allow/);
+  assert.throws(
+    () => small.steps("x"),
+    /unet needs about [\d,]+ MiB at 128x128, the limit is 20 MiB: allow/,
+  );
   assert.throws(() => makeNoise("numpy", 2n ** 32n), /outside/);
-  assert.throws(() => parseTable('{"format": "ferrotype-sampler", "version": 2}'), /not a sampler table: it is/);
+  assert.throws(
+    () => parseTable('{"format": "ferrotype-sampler", "version": 2}'),
+    /not a sampler table: it is/,
+  );
 });
 
 test("a few-step model's recipe is kept to, unless forced", async () => {
   const bundle = await openFolder(EMOJI);
-  const recipe = { ...bundle.manifest.recipe, name: "lcm-lora", allowed_steps: [1, 2, 4], guidance_range: [1, 2] as [number, number] };
-  const strict = Object.assign(Object.create(Object.getPrototypeOf(bundle)), bundle, { manifest: { ...bundle.manifest, recipe } });
+  const recipe = {
+    ...bundle.manifest.recipe,
+    name: "lcm-lora",
+    allowed_steps: [1, 2, 4],
+    guidance_range: [1, 2] as [number, number],
+  };
+  const strict = Object.assign(Object.create(Object.getPrototypeOf(bundle)), bundle, {
+    manifest: { ...bundle.manifest, recipe },
+  });
   const pipe = new Pipeline(strict, { ort });
-  assert.throws(() => pipe.recipe({ steps: 20, guidance: 7 }), /steps 20, guidance 7: this model was distilled for 1, 2, 4 steps of lcm, guidance 1 to 2 \(lcm-lora\): use steps 4, guidance 2, or force/);
+  assert.throws(
+    () => pipe.recipe({ steps: 20, guidance: 7 }),
+    /steps 20, guidance 7: this model was distilled for 1, 2, 4 steps of lcm, guidance 1 to 2 \(lcm-lora\): use steps 4, guidance 2, or force/,
+  );
   assert.equal(pipe.recipe({ steps: 20, guidance: 7, force: true }).steps, 20);
 });
 
