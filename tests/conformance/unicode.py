@@ -43,7 +43,7 @@ def to_json(found: dict[str, list[list[int]]]) -> str:
 
 def to_typescript(found: dict[str, list[list[int]]]) -> str:
     """The tables as texts: from the end of one range to the next, and its length, in base 36."""
-    parts = ["/** As the tokenizers library has them: tests/conformance/generate.py wrote this. */\n"]
+    parts = ["/** As the tokenizers library has them; tests/conformance/generate.py wrote it. */\n"]
     for name in ("letters", "numbers"):
         last, words = 0, []
         for first, end in found[name]:

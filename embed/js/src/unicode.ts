@@ -1,4 +1,4 @@
-/** As the tokenizers library has them: tests/conformance/generate.py wrote this. */
+/** As the tokenizers library has them; tests/conformance/generate.py wrote it. */
 
 export const LETTERS =
   "1t.p 7.p 1c b 5 6.m 2.u 2.cp 5.b f.4 8 2 3m.4 2.1 3.3 2 7 2.2 2 2.j 2.2a 2.3u 9.4l 2.11 3 7.14 " +
