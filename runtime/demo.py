@@ -25,6 +25,7 @@ TYPES = {
     ".mjs": "text/javascript; charset=utf-8",
     ".wasm": "application/wasm",
     ".json": "application/json",
+    ".md": "text/plain; charset=utf-8",
 }
 HEADERS = {
     # These two isolate the page, without which browsers give it one thread.

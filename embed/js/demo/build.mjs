@@ -13,7 +13,7 @@ const GLUE = "ort-wasm-simd-threaded.mjs";
 
 rmSync(out, { recursive: true, force: true });
 mkdirSync(out, { recursive: true });
-copyFileSync(`${here}index.html`, `${out}index.html`);
+for (const name of ["index.html", "NOTICE.md"]) copyFileSync(here + name, out + name);
 copyFileSync(runtime + GLUE, out + GLUE);
 writeFileSync(`${out}${WASM}.gz`, gzipSync(readFileSync(runtime + WASM), { level: 9 }));
 
