@@ -157,6 +157,7 @@ def test_what_is_wrong_is_said(browse, tmp_path, name, change, said):
         assert said in text
         assert "\n" not in text
         assert page.errors == []
+        assert page.tab.is_visible("#empty")
         # Another bundle can be opened, and draws.
         page.tab.click("#model summary")
         page.tab.set_input_files("#folder", EMBEDDED_ONNX)

@@ -68,6 +68,7 @@ worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
     case "timed":
       return timed(data);
     case "step":
+      picture.classList.remove("on");
       paint(preview, data.preview);
       return move(0.4 + (0.5 * data.index) / data.total, `Step ${data.index} of ${data.total}`);
     case "drawn":
@@ -75,10 +76,10 @@ worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
     case "note":
       return complain(data.text, "note");
     case "cancelled":
-      preview.classList.remove("on");
+      restore();
       return finish("Cancelled");
     case "failed":
-      preview.classList.remove("on");
+      restore();
       finish("");
       return complain(data.message);
   }
@@ -165,8 +166,7 @@ function draw(): void {
   by("alert").hidden = true;
   by("total").textContent = "";
   setBusy(true);
-  picture.classList.remove("on");
-  preview.classList.remove("on");
+  preview.classList.remove("on"); // the last picture stays until there is something to see
   move(0, "Starting");
   history.replaceState(
     null,
@@ -198,7 +198,13 @@ function move(share: number, status: string): void {
   if (!job) return;
   progress.value = Math.max(share, share === 0 ? 0 : progress.value);
   by("status").textContent = status;
-  by("empty").hidden = true;
+}
+
+/** The picture before, if there is one, after a run that came to nothing. */
+function restore(): void {
+  preview.classList.remove("on");
+  picture.classList.toggle("on", saved !== "");
+  by("empty").hidden = saved !== "";
 }
 
 function paint(canvas: HTMLCanvasElement, { width, height, data }: Pixels): void {
