@@ -81,6 +81,7 @@ worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
     case "failed":
       restore();
       finish("");
+      if (!model) by("invite").textContent = "No model is open";
       return complain(data.message);
   }
 };

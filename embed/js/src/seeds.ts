@@ -186,7 +186,7 @@ const LOW = 0x1fffffffn;
 const HALF = 0x10000000n;
 
 /** a * b + c rounded once to float32, as the processor's fused instruction does. */
-function fma(a: number, b: number, c: number): number {
+export function fma(a: number, b: number, c: number): number {
   const product = a * b; // exact: 24 + 24 bits
   const total = product + c;
   // Rounding twice goes wrong only where the first rounding lands midway between two floats.

@@ -25,12 +25,16 @@ import {
   Pipeline,
   fromFiles,
   fromUrl,
+  Tokenizer,
   makeNoise,
   open,
   parseTable,
   type Watched,
 } from "../src/index.js";
 import { open as openFolder } from "../src/node.js";
+import { toPicture } from "../src/pictures.js";
+import { sample } from "../src/samplers.js";
+import { fma } from "../src/seeds.js";
 import { plainSha256, sha256 } from "../src/sha256.js";
 import { root } from "./tools.js";
 
@@ -366,4 +370,44 @@ test("a stored table is run as the recipe's own", async () => {
   const table = parseTable(JSON.stringify(stored.table));
   const drawn = await pipe.generate("a fox", { table });
   assert.equal(drawn.data.length, 4 * 128 * 128);
+});
+
+test("a fused multiply-add rounds once", () => {
+  const [small, one] = [2 ** -12, 1 + 2 ** -23];
+  // 1 + 2^-23 + 2^-24, less 2^-70: below the middle of two floats, where doubles see the middle.
+  assert.equal(fma(small * one, small * (1 - 2 ** -23), one), one);
+  assert.equal(fma(small, small, one), 1 + 2 ** -22); // the middle: to even
+  assert.equal(fma(-small * one, small * (1 - 2 ** -23), -one), -one);
+});
+
+test("a product with a zero coefficient does not exist", async () => {
+  const zeros = { timestep: 0, scale: 1, a: 0, b: 1, cx: 0, c0: 1, c1: 0, c2: 0, cn: 0 };
+  const table = { sampler: "", startImage: 0, startNoise: 1, rows: [zeros, { ...zeros, b: 2 }] };
+  const model = (x: Float32Array) => Promise.resolve(x.map(() => 3));
+  const noise = () => assert.fail("no noise is drawn");
+  const found: number[] = [];
+  for await (const step of sample(model, Float32Array.of(Infinity, NaN), table, noise)) {
+    found.push(...step.latents);
+  }
+  assert.deepEqual(found, [3, 3, 6, 6]);
+});
+
+test("of merges of one rank the leftmost is first", () => {
+  const raw = JSON.parse(readFileSync(join(EMOJI, "tokenizer/tokenizer.json"), "utf8"));
+  const { vocab } = raw.model;
+  vocab.aa = 5000;
+  raw.model.merges = [["a", "a"]];
+  const tokenizer = new Tokenizer(JSON.stringify(raw), 32, "<|endoftext|>");
+  assert.deepEqual(tokenizer.encode("aaab"), [5000, vocab.a, vocab["b</w>"]]);
+  assert.deepEqual(tokenizer.encode("aaaaa"), [5000, 5000, vocab["a</w>"]]);
+  assert.throws(() => tokenizer.encode("a".repeat(70_000)), /the most is 65536/);
+  raw.pre_tokenizer.pretokenizers[0].pattern.Regex = "(a+)+$";
+  assert.throws(() => new Tokenizer(JSON.stringify(raw), 32, "<|endoftext|>"), /it splits by/);
+});
+
+test("pixels are rounded half to even and cut off", () => {
+  const planes = Float32Array.of(-1, 1, 0, -0.99, 3, -3, 1 / 255, 0.2, 5 / 255);
+  const rgb = [...toPicture(planes, 3, 1).data].filter((_, i) => i % 4 !== 3);
+  // 127.5 + 127.5 * value: 0, 255, 127.5 | 1.275, over, under | 128, 153, 130
+  assert.deepEqual(rgb, [0, 1, 128, 255, 255, 153, 128, 0, 130]);
 });
