@@ -1550,6 +1550,53 @@ class BenchProgress:
         return Text.from_ansi(f"{head}\n{shown}")
 
 
+# --- demo ---------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE, required=False)
+@click.option("--port", type=click.IntRange(0, 65535), default=8777, show_default=True)
+@click.option("--no-browser", is_flag=True, help="Only serve; print the address.")
+@click.option("-o", "--output", type=FILE, help="Write the page as a folder for any web server.")
+def demo(bundle, port, no_browser, output):
+    """Open a page that draws in the browser, with the embedded model or an ONNX BUNDLE.
+
+    It is served from this machine to this machine, 127.0.0.1, until interrupted; drawing needs
+    no network.  With -o nothing is served: the folder holds the page, onnxruntime and the bundle.
+
+    \b
+    Example:
+        ferrotype demo
+        ferrotype demo sd15.ferro -o site
+    """
+    from .bundle import load
+    from .runtime import demo as page
+    from .runtime.pipeline import EMBEDDED_ONNX
+
+    opened = load(bundle or EMBEDDED_ONNX)
+    if output:
+        size = page.export(opened, output)
+        click.echo(f"{output}  {mib(size)}")
+        return
+    try:
+        server = page.server(opened, port)
+    except OSError as error:
+        raise click.ClickException(
+            f"port {port}: {error.strerror or error}; --port 0 takes one that is free"
+        ) from error
+    address = f"http://127.0.0.1:{server.server_port}/"
+    click.echo(address)
+    click.echo("Ctrl+C ends it", err=True)
+    if not no_browser:
+        click.launch(address)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt as stop:
+            if stop.args:  # SIGTERM; Ctrl+C is how it is meant to end
+                raise
+
+
 def open_bundle(path: Path | None) -> Bundle:
     from .bundle import load
     from .runtime.pipeline import embedded

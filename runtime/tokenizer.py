@@ -141,4 +141,5 @@ def _spell_out(prompt: str, spelled: dict[str, str]) -> str:
         return prompt
     longest_first = sorted(spelled, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
-    return re.sub(pattern, lambda m: spelled[m[0].lower()], prompt, flags=re.IGNORECASE)
+    # What IGNORECASE alone takes for a letter of theirs (a long s) is none to the encoder.
+    return re.sub(pattern, lambda m: spelled.get(m[0].lower(), m[0]), prompt, flags=re.IGNORECASE)

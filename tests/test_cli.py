@@ -498,7 +498,10 @@ def test_convert_passes_its_arguments_on_and_prints_the_report(checkpoint, monke
     seen = []
 
     def converted(*args, **merged):
-        assert merged == {"loras": [], "embeddings": (), "original": None}
+        assert merged.pop("written")(1, 2) is None
+        assert merged == {
+            "loras": [], "embeddings": (), "original": None, "check": "diffusers"
+        }  # fmt: skip
         *most, progress, recipe, clip_skip = args
         assert (recipe, clip_skip) == (None, 0)
         seen.extend(most)

@@ -379,3 +379,10 @@ def drawn(pipe, prompt):
             prompt, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
             generator=generator, output_type="np",
         ).images[0]  # fmt: skip
+
+
+def test_letters_that_only_fold_alike_are_left_alone():
+    from ferrotype.runtime.tokenizer import _spell_out
+
+    spelled = {"<is>": "<is> <is>_1"}
+    assert _spell_out("an <IS> and <i\u017f>", spelled) == "an <is> <is>_1 and <i\u017f>"
