@@ -48,7 +48,7 @@ PORTS = (
 )  # fmt: skip
 ZERO_NEGATIVE, EMBEDS_GUIDANCE, POOLED, TIME_IDS, CHUNKS, LIMITED = (1 << i for i in range(6))
 # Bytes beside weights and the arena in a process without Python, measured (docs/embed-c.md).
-HOST = 1 << 20
+HOST = 2 << 20
 PER_OP = 2 * ctypes.sizeof(Op) + 100  # the file's page, the executor's copy, a range
 LATENT = 40  # per latent value: what the sampler's loop holds
 TEXT = 16  # per value of a prompt's states: of two prompts, joined from pieces
@@ -402,7 +402,8 @@ def _host(bundle: Bundle, name: str, size: tuple[int, int], chunks: int) -> int:
     width = sum(_widths(bundle, encoder)[0] for encoder in encoders)
     length = bundle.manifest.tokenizers["tokenizer"].max_length
     text = TEXT * chunks * length * width
-    return HOST + LATENT * latents + text + (PIXEL * pixels if name == "vae_decoder" else 0)
+    own = PIXEL * pixels if name == "vae_decoder" else 0
+    return HOST + LATENT * latents + text + own
 
 
 def _port(files: Files, name: str) -> str:

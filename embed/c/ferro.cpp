@@ -100,19 +100,19 @@ void ferro::open(const char *bundle, const char *path, const ferro_options &opti
     budget = options.budget;
     folder = bundle;
     file = Mapping(path);
-    programs.reset(new Programs(file.data(), file.bytes()));
+    programs.reset(new Programs(file.data(), file.bytes(), file.hash(Programs::HASHED)));
     arenas.resize(programs->programs.count);
     check_manifest();
     check_weights(options.verify != 0);
     for (const Encoder &encoder : programs->encoders) tokenizers.emplace_back(*programs, encoder);
+    file.forget();
 }
 
 // The manifest holds the hash of every file, so that its own is the bundle's identity.
 void ferro::check_manifest() const {
     const std::string path = folder + "/manifest.json";
     const Mapping manifest(path);
-    if (manifest.bytes() > MAX_MANIFEST ||
-        sha256(manifest.data(), manifest.bytes()) != programs->identity)
+    if (manifest.bytes() > MAX_MANIFEST || manifest.hash() != programs->identity)
         fail(FERRO_FORMAT, "%.300s is of another bundle than the programs: compile it again",
              path.c_str());
 }
@@ -136,7 +136,7 @@ void ferro::check_weights(bool hash) const {
             fail(FERRO_FORMAT, "%.300s should have %llu bytes and has %llu: copy it again",
                  path.c_str(), static_cast<unsigned long long>(weights.bytes),
                  static_cast<unsigned long long>(mapped.bytes()));
-        if (hash && memcmp(sha256(mapped.data(), mapped.bytes()).data(), weights.sha256, 32))
+        if (hash && memcmp(mapped.hash().data(), weights.sha256, 32))
             fail(FERRO_FORMAT, "%.300s is damaged, its sha256 is another: copy it again",
                  path.c_str());
     }
@@ -150,8 +150,9 @@ const Table *ferro::table(const ferro_request &asked) const {
     const uint32_t steps = asked.steps ? asked.steps : programs->model->steps;
     for (const Table &one : programs->tables)
         if (one.steps == steps && programs->spelled(one.sampler) == sampler) return &one;
-    fail(FERRO_ARGUMENT, "no table of %u steps of %.60s was compiled: name them to `ferrotype compile`",
-         steps, sampler.c_str());
+    fail(FERRO_ARGUMENT,
+         "no table of %u steps of %.60s was compiled: name them to `ferrotype compile`", steps,
+         sampler.c_str());
 }
 
 std::vector<Tokens> ferro::tokens(const std::string &prompt, uint32_t *chunks) const {
@@ -234,8 +235,13 @@ void ferro::plan(const Request &request, Choice (&choices)[FERRO_STAGES], ferro_
     for (uint32_t i = 0; i < FERRO_STAGES; i++) {
         if (!programs->file(i)) continue;
         const Choice &choice = choices[i] = choose(i, request, budget, &smallest);
-        made.stages[i] = {1, choice.offer->window != 0, choice.program->rows, choice.offer->weights,
-                          choice.arena, choice.other, choice.peak()};
+        made.stages[i] = {1,
+                          choice.offer->window != 0,
+                          choice.program->rows,
+                          choice.offer->weights,
+                          choice.arena,
+                          choice.other,
+                          choice.peak()};
         if (choice.peak() > peak) peak = choice.peak(), worst = i;
     }
     made.peak = peak;
@@ -273,10 +279,13 @@ void ferro::report(const Request &request, ferro_progress progress) const {
 
 std::unique_ptr<Stage> ferro::stage(const Choice &choice) const {
     const std::string path = inside(*programs->file(choice.program->component));
-    return std::unique_ptr<Stage>(new Stage(*programs, path, choice, machine));
+    std::unique_ptr<Stage> made(new Stage(*programs, path, choice, machine));
+    file.forget(); // the engine has copies of what it needs
+    return made;
 }
 
-// Weighted states of all chunks beside those of the encoder before, and the pooled ones of the first.
+// Weighted states of all chunks beside those of the encoder before, and the pooled ones of the
+// first.
 void ferro::encode(const Request &request, const Choice &choice, std::vector<Prompt *> prompts) {
     const uint32_t index = choice.program->component;
     const Encoder &encoder = *programs->encoder(index);
@@ -314,7 +323,8 @@ void ferro::encode(const Request &request, const Choice &choice, std::vector<Pro
     report(request, progress);
 }
 
-// Sinusoids of the guidance scale, as latent consistency models were trained with (Luo et al. 2023).
+// Sinusoids of the guidance scale, as latent consistency models were trained with (Luo et al.
+// 2023).
 Floats ferro::guidance_embedding(double guidance) const {
     const double scale = 1000 * (guidance - 1);
     Floats found;
@@ -420,8 +430,8 @@ void ferro::draw(const Request &request, uint8_t *rgb) {
         negative.states.assign(prompt.states.size(), 0.0f);
         negative.pooled.assign(prompt.pooled.size(), 0.0f);
     }
-    Floats latents = denoise(request, choices[FERRO_UNET], prompt,
-                             request.two_passes ? &negative : nullptr);
+    Floats latents =
+        denoise(request, choices[FERRO_UNET], prompt, request.two_passes ? &negative : nullptr);
     decode(request, choices[FERRO_DECODER], std::move(latents), rgb);
 }
 

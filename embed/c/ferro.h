@@ -1,10 +1,10 @@
 /* Ferrotype for apps: draw with a native bundle, from C, Swift, Kotlin or whatever calls C.
  *
- * A bundle folder and the file of programs that `ferrotype compile` wrote for it give the bytes that
- * Python's native engine gives, within a budget that is known before any weight is read.
- * Every function returns FERRO_OK or another status, and says more in one line of text.  Nothing
- * throws, nothing is global: handles are independent of each other.  One handle runs one call at a
- * time, further threads wait; ferro_cancel may be called at any time.  Docs: docs/embed-c.md.
+ * A bundle folder and the file of programs that `ferrotype compile` wrote for it give the bytes
+ * that Python's native engine gives, within a budget that is known before any weight is read. Every
+ * function returns FERRO_OK or another status, and says more in one line of text.  Nothing throws,
+ * nothing is global: handles are independent of each other.  One handle runs one call at a time,
+ * further threads wait; ferro_cancel may be called at any time.  Docs: docs/embed-c.md.
  */
 #ifndef FERRO_H
 #define FERRO_H
@@ -22,7 +22,7 @@ extern "C" {
 #define FERRO_API __attribute__((visibility("default")))
 #endif
 
-#define FERRO_ABI 1            /* of this header; ferro_abi() is that of the library */
+#define FERRO_ABI 1             /* of this header; ferro_abi() is that of the library */
 #define FERRO_MESSAGE_BYTES 512 /* enough for any message */
 
 enum ferro_status {
@@ -53,8 +53,8 @@ struct ferro_options {
     size_t bytes;
     uint32_t threads; /* 1 to 64; 0: one for every core */
     int verify;       /* hash the weights, once; else only their sizes are compared */
-    const char *isa;  /* an instruction set by name, as ft_isa_name of ferrotype.h; NULL: the best */
-    uint64_t budget;  /* bytes that may be in memory at any time; 0: no limit */
+    const char *isa; /* an instruction set by name, as ft_isa_name of ferrotype.h; NULL: the best */
+    uint64_t budget; /* bytes that may be in memory at any time; 0: no limit */
 };
 
 struct ferro_progress {
@@ -70,9 +70,9 @@ typedef int (*ferro_progress_callback)(void *user, const struct ferro_progress *
 
 struct ferro_request {
     size_t bytes;
-    const char *prompt;   /* UTF-8, with weights and BREAK as docs/prompts.md has them */
-    const char *negative; /* NULL or "": none */
-    uint64_t seed;        /* torch's */
+    const char *prompt;     /* UTF-8, with weights and BREAK as docs/prompts.md has them */
+    const char *negative;   /* NULL or "": none */
+    uint64_t seed;          /* torch's */
     uint32_t width, height; /* pixels; 0: the bundle's own */
     uint32_t steps;         /* 0: the bundle's own */
     const char *sampler;    /* NULL: the bundle's own */
@@ -112,7 +112,8 @@ FERRO_API void ferro_close(ferro *handle);
 /* One line of what the last call that failed had to say; valid until the next call. */
 FERRO_API const char *ferro_message(const ferro *handle);
 
-/* What drawing would take; nothing is loaded.  With FERRO_BUDGET the plan is the sparest there is. */
+/* What drawing would take; nothing is loaded.  With FERRO_BUDGET the plan is the sparest there is.
+ */
 FERRO_API int ferro_make_plan(ferro *handle, const struct ferro_request *request,
                               struct ferro_plan *plan);
 /* Draw into rgb: height rows of width pixels of 3 bytes, without gaps; rgb_bytes is its size. */

@@ -10,7 +10,8 @@ namespace {
 
 constexpr char MAGIC[8] = {'F', 'E', 'R', 'R', 'O', 'C', '1', '\n'};
 constexpr uint32_t VERSION = 1, SECTIONS = 16;
-constexpr uint32_t MAX_SIDE = 1 << 16, MAX_LENGTH = 1 << 16, MAX_CHANNELS = 1 << 16, MAX_CHUNKS = 32;
+constexpr uint32_t MAX_SIDE = 1 << 16, MAX_LENGTH = 1 << 16, MAX_CHANNELS = 1 << 16,
+                   MAX_CHUNKS = 32;
 constexpr uint32_t SYMBOLS = 512; // of an encoder
 constexpr uint64_t MAX_ARENA = uint64_t(1) << 40;
 
@@ -27,9 +28,10 @@ struct Header {
     Place places[SECTIONS];
 };
 
-static_assert(sizeof(Header) == 96 + 16 * SECTIONS && sizeof(Model) == 88 && sizeof(Encoder) == 56 &&
-                  sizeof(WeightFile) == 56 && sizeof(Program) == 72 && sizeof(Offer) == 32 &&
-                  sizeof(Port) == 48 && sizeof(Table) == 24 && sizeof(Row) == 36,
+static_assert(sizeof(Header) == 96 + 16 * SECTIONS && sizeof(Model) == 88 &&
+                  sizeof(Encoder) == 56 && sizeof(WeightFile) == 56 && sizeof(Program) == 72 &&
+                  sizeof(Offer) == 32 && sizeof(Port) == 48 && sizeof(Table) == 24 &&
+                  sizeof(Row) == 36,
               "records lie in the file as in memory");
 
 const Header &header_of(const uint8_t *data) { return *reinterpret_cast<const Header *>(data); }
@@ -41,8 +43,10 @@ __attribute__((format(printf, 2, 3))) void require(bool holds, const char *forma
     va_start(values, format);
     vsnprintf(reason, sizeof reason, format, values);
     va_end(values);
-    fail(FERRO_FORMAT, "the file of programs is damaged or of another version: %.300s; compile the "
-                       "bundle again", reason);
+    fail(FERRO_FORMAT,
+         "the file of programs is damaged or of another version: %.300s; compile the "
+         "bundle again",
+         reason);
 }
 
 uint64_t type_size(uint32_t type) { return type == FT_F32 || type == FT_I32 ? 4 : 2; }
@@ -71,7 +75,7 @@ template <class T> void Programs::take(Section<T> &section, const char *name) {
     section.count = place.count;
 }
 
-Programs::Programs(const void *data, uint64_t bytes)
+Programs::Programs(const void *data, uint64_t bytes, const Digest &hash)
     : start(static_cast<const uint8_t *>(data)), size(bytes) {
     require(size >= sizeof(Header) && !memcmp(start, MAGIC, sizeof MAGIC), "it is none");
     const Header &header = header_of(start);
@@ -81,9 +85,8 @@ Programs::Programs(const void *data, uint64_t bytes)
             header.abi, VERSION, FT_ABI);
     require(header.bytes == size, "it should have %llu bytes and has %llu",
             static_cast<unsigned long long>(header.bytes), static_cast<unsigned long long>(size));
-    const size_t hashed = sizeof header.magic + sizeof header.sha256;
-    require(!memcmp(sha256(start + hashed, size - hashed).data(), header.sha256, 32),
-            "its sha256 is another");
+    static_assert(HASHED == sizeof header.magic + sizeof header.sha256, "the hash is of the rest");
+    require(!memcmp(hash.data(), header.sha256, 32), "its sha256 is another");
     memcpy(identity.data(), header.identity, 32);
     take(text, "texts"), take(models, "models"), take(encoders, "encoders"), take(added, "tokens");
     take(merges, "merges"), take(frequencies, "frequencies"), take(preview, "preview");
@@ -152,8 +155,8 @@ void Programs::check_encoder(const Encoder &one) const {
 uint64_t Programs::elements(const Program &program, uint32_t name) const {
     const uint64_t pixels = uint64_t(program.width) * program.height;
     const uint64_t latents = pixels / model->side / model->side * model->channels;
-    const Encoder *text_encoder = program.component <= FERRO_TEXT_2 ? encoder(program.component)
-                                                                    : nullptr;
+    const Encoder *text_encoder =
+        program.component <= FERRO_TEXT_2 ? encoder(program.component) : nullptr;
     switch (name) {
     case INPUT_IDS: return length();
     case STATES: return uint64_t(length()) * (text_encoder ? text_encoder->states : 0);
@@ -172,11 +175,12 @@ uint64_t Programs::elements(const Program &program, uint32_t name) const {
 }
 
 void Programs::check_port(const Program &program, const Port &one) const {
-    require(one.name < PORT_NAMES && one.total == elements(program, one.name), "array %u", one.name);
+    require(one.name < PORT_NAMES && one.total == elements(program, one.name), "array %u",
+            one.name);
     require(one.out == (one.name >= STATES), "the direction of array %u", one.name);
     const bool numbers = one.type == FT_F32 || one.type == FT_BF16 || one.type == FT_F16;
-    require(one.name == INPUT_IDS ? one.type == FT_I32 && one.planar : numbers, "array %u is of type %u",
-            one.name, one.type);
+    require(one.name == INPUT_IDS ? one.type == FT_I32 && one.planar : numbers,
+            "array %u is of type %u", one.name, one.type);
     require(!one.planar || type_size(one.type) == 4, "array %u is of type %u", one.name, one.type);
     require(one.channels && one.pixels && one.channels <= MAX_CHANNELS &&
                 one.pixels <= MAX_SIDE * uint64_t(MAX_SIDE) && one.pixel <= 2 * MAX_CHANNELS,
@@ -186,34 +190,37 @@ void Programs::check_port(const Program &program, const Port &one) const {
     require(whole && (one.planar || one.pixel >= one.channels), "array %u has holes", one.name);
     const uint64_t stored = one.planar ? dense : uint64_t(one.pixel) * one.pixels;
     const uint64_t bytes = stored * type_size(one.type);
-    require(one.offset % 4 == 0 && one.offset <= program.arena && bytes <= program.arena - one.offset,
+    require(one.offset % 4 == 0 && one.offset <= program.arena &&
+                bytes <= program.arena - one.offset,
             "array %u ends past the arena", one.name);
 }
 
 void Programs::check_program(const Program &one) const {
     require(one.component < FERRO_STAGES && file(one.component), "a program is of no stage");
     require(one.arena && one.arena <= MAX_ARENA && one.arena % 64 == 0, "an arena");
-    require(one.op_count && ops.holds(one.op, one.op_count) && ranges.holds(one.range, one.range_count) &&
-                ports.holds(one.port, one.port_count) && one.port_count <= PORT_NAMES,
+    require(one.op_count && ops.holds(one.op, one.op_count) &&
+                ranges.holds(one.range, one.range_count) && ports.holds(one.port, one.port_count) &&
+                one.port_count <= PORT_NAMES,
             "a program has no ops");
     const bool image = one.component >= FERRO_UNET;
     require(!image || (one.width && one.height && one.width <= MAX_SIDE && one.height <= MAX_SIDE &&
                        one.width % model->side == 0 && one.height % model->side == 0),
             "a program's size");
-    require(!image || uint64_t(one.width) * one.height / model->side / model->side *
-                              model->channels >= 16, // the smallest draw of noise
+    require(!image ||
+                uint64_t(one.width) * one.height / model->side / model->side * model->channels >=
+                    16, // the smallest draw of noise
             "a program's size");
     require(one.chunks >= 1 && one.chunks <= MAX_CHUNKS, "a program's chunks");
     const uint32_t optional = (model->flags & POOLED ? 1u << TEXT_EMBEDS : 0) |
                               (model->flags & TIME_IDS ? 1u << TIME_NUMBERS : 0) |
                               (model->flags & EMBEDS_GUIDANCE ? 1u << TIMESTEP_COND : 0);
     const Encoder *reads = image ? nullptr : encoder(one.component);
-    const uint32_t text_ports = 1u << INPUT_IDS | 1u << STATES |
-                                (reads && reads->pooled ? 1u << POOLED_STATES : 0);
-    const uint32_t wanted[FERRO_STAGES] = {
-        text_ports, text_ports,
-        1u << SAMPLE | 1u << TIMESTEP | 1u << HIDDEN_STATES | 1u << OUT_SAMPLE | optional,
-        1u << LATENT_SAMPLE | 1u << PICTURE};
+    const uint32_t text_ports =
+        1u << INPUT_IDS | 1u << STATES | (reads && reads->pooled ? 1u << POOLED_STATES : 0);
+    const uint32_t wanted[FERRO_STAGES] = {text_ports, text_ports,
+                                           1u << SAMPLE | 1u << TIMESTEP | 1u << HIDDEN_STATES |
+                                               1u << OUT_SAMPLE | optional,
+                                           1u << LATENT_SAMPLE | 1u << PICTURE};
     uint32_t found = 0;
     for (uint32_t i = 0; i < one.port_count; i++) {
         const Port &entry = ports[one.port + i];

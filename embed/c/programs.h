@@ -18,11 +18,11 @@ struct Span { // of the section of texts
 };
 
 enum Flag : uint32_t {
-    ZERO_NEGATIVE = 1,  // an empty negative prompt means zeros
+    ZERO_NEGATIVE = 1,   // an empty negative prompt means zeros
     EMBEDS_GUIDANCE = 2, // the U-Net takes the scale as an input
     POOLED = 4,
     TIME_IDS = 8,
-    CHUNKS = 16, // the U-Net reads text of any length
+    CHUNKS = 16,  // the U-Net reads text of any length
     LIMITED = 32, // guidance_low and _high hold
 };
 
@@ -117,13 +117,17 @@ template <class T> struct Section {
     const T &operator[](uint64_t i) const { return data[i]; }
     const T *begin() const { return data; }
     const T *end() const { return data + count; }
-    bool holds(uint64_t first, uint64_t many) const { return first <= count && many <= count - first; }
+    bool holds(uint64_t first, uint64_t many) const {
+        return first <= count && many <= count - first;
+    }
 };
 
 class Programs {
   public:
-    // Of bytes that start at a multiple of 64 and stay; throws Error with FERRO_FORMAT.
-    Programs(const void *data, uint64_t bytes);
+    // Of bytes that start at a multiple of 64 and stay, and the SHA-256 of those from HASHED on.
+    // Throws Error with FERRO_FORMAT.
+    Programs(const void *data, uint64_t bytes, const Digest &hash);
+    static constexpr uint64_t HASHED = 40;
 
     Section<char> text;
     const Model *model = nullptr;

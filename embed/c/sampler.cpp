@@ -21,7 +21,8 @@ void sum(std::initializer_list<Term> terms, Floats &out) {
     for (const Term &term : terms) {
         if (term.factor == 0) continue;
         if (term.values->size() != total.size())
-            fail(FERRO_FORMAT, "a sampler table reads a step that was not: compile the bundle again");
+            fail(FERRO_FORMAT,
+                 "a sampler table reads a step that was not: compile the bundle again");
         for (size_t i = 0; i < total.size(); i++) {
             const float product = term.factor * (*term.values)[i];
             total[i] = first ? product : total[i] + product;
@@ -73,13 +74,17 @@ Floats sample(const Programs &programs, const Table &table, size_t count, Noise 
         predict(scaled, row.timestep, output);
         sum({{row.a, &x}, {row.b, &output}}, denoised);
         if (row.cn != 0) noise.draw(fresh.data(), count);
-        sum({{row.cx, &x}, {row.c0, &denoised}, {row.c1, &previous}, {row.c2, &before},
+        sum({{row.cx, &x},
+             {row.c0, &denoised},
+             {row.c1, &previous},
+             {row.c2, &before},
              {row.cn, &fresh}},
             x);
         for (float value : x)
             if (!isfinite(value))
-                fail(FERRO_NUMBERS, "the unet returned NaN or Inf at step %u of %u: the bundle's "
-                                    "precision overflows; convert with --activations fp32",
+                fail(FERRO_NUMBERS,
+                     "the unet returned NaN or Inf at step %u of %u: the bundle's "
+                     "precision overflows; convert with --activations fp32",
                      step, table.rows);
         stepped(step, x, denoised);
         before.swap(previous);

@@ -33,8 +33,8 @@ Mapping::Mapping(const std::string &path) {
 }
 
 Mapping Mapping::memory(uint64_t bytes) {
-    void *const mapped = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *const mapped =
+        mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED)
         fail(FERRO_MEMORY, "the system has no %llu bytes for activations",
              static_cast<unsigned long long>(bytes));
@@ -63,6 +63,21 @@ bool Mapping::unchanged() const {
     return file < 0 || (!fstat(file, &found) && uint64_t(found.st_size) == size);
 }
 
+Digest Mapping::hash(uint64_t from) const {
+    std::vector<char> piece(1 << 16);
+    Sha256 hash;
+    while (from < size) {
+        const size_t wanted = size_t(std::min<uint64_t>(piece.size(), size - from));
+        const ssize_t got = pread(file, piece.data(), wanted, off_t(from));
+        if (got <= 0) fail(FERRO_FILE, "a file changed while it was read");
+        hash.add(piece.data(), size_t(got));
+        from += uint64_t(got);
+    }
+    return hash.finish();
+}
+
+void Mapping::forget() const { madvise(at, size_t(size), MADV_DONTNEED); }
+
 // --- programs -----------------------------------------------------------------------------------
 
 uint64_t arena_bytes(const Programs &programs, const Program &program, const Machine &machine) {
@@ -81,7 +96,8 @@ uint64_t arena_bytes(const Programs &programs, const Program &program, const Mac
 
 Stage::Stage(const Programs &file, const std::string &path, const Choice &choice,
              const Machine &machine)
-    : programs(file), program(*choice.program), weights(path), arena(Mapping::memory(choice.arena)) {
+    : programs(file), program(*choice.program), weights(path),
+      arena(Mapping::memory(choice.arena)) {
     const WeightFile &expected = *programs.file(program.component);
     if (weights.bytes() != expected.bytes)
         fail(FERRO_FORMAT, "%.300s has %llu bytes, the bundle's has %llu: copy it again",
@@ -101,11 +117,11 @@ Stage::Stage(const Programs &file, const std::string &path, const Choice &choice
 }
 
 void Stage::run(const volatile int *cancel) {
-    const size_t done =
-        ft_program_run(engine.get(), arena.data(), weights.data(), nullptr, cancel);
+    const size_t done = ft_program_run(engine.get(), arena.data(), weights.data(), nullptr, cancel);
     if (cancel && *cancel) fail(FERRO_CANCELLED, "cancelled");
     if (done < program.op_count || !weights.unchanged())
-        fail(FERRO_FILE, "the weights of stage %u changed while they were read: copy the bundle again",
+        fail(FERRO_FILE,
+             "the weights of stage %u changed while they were read: copy the bundle again",
              program.component);
 }
 
@@ -119,7 +135,9 @@ void Stage::write_ids(const int32_t *ids) {
 void Stage::write(uint32_t name, const float *values) {
     const Port &port = *programs.port(program, name);
     char *const to = arena.data() + port.offset;
-    const auto shifted = [&](uint64_t i) { return port.shift != 0 ? values[i] + port.shift : values[i]; };
+    const auto shifted = [&](uint64_t i) {
+        return port.shift != 0 ? values[i] + port.shift : values[i];
+    };
     if (port.planar) {
         for (uint64_t i = 0; i < port.total; i++) {
             const float value = shifted(i);
@@ -133,9 +151,10 @@ void Stage::write(uint32_t name, const float *values) {
         memset(pixel, 0, port.pixel * bytes);
         for (uint64_t c = 0; c < port.channels; c++) {
             const float value = shifted(p * port.channels + c);
-            const uint16_t half = port.type == FT_BF16 ? ft::float_to_bf16(value)
-                                                       : ft::float_to_f16(value);
-            memcpy(pixel + c * bytes, bytes == 4 ? static_cast<const void *>(&value) : &half, bytes);
+            const uint16_t half =
+                port.type == FT_BF16 ? ft::float_to_bf16(value) : ft::float_to_f16(value);
+            memcpy(pixel + c * bytes, bytes == 4 ? static_cast<const void *>(&value) : &half,
+                   bytes);
         }
     }
 }
@@ -156,7 +175,8 @@ void Stage::read(uint32_t name, float *values) const {
             float value;
             uint16_t half;
             memcpy(bytes == 4 ? static_cast<void *>(&value) : &half, element, bytes);
-            if (bytes == 2) value = port.type == FT_BF16 ? ft::bf16_to_float(half) : ft::f16_to_float(half);
+            if (bytes == 2)
+                value = port.type == FT_BF16 ? ft::bf16_to_float(half) : ft::f16_to_float(half);
             values[p * port.channels + c] = value;
         }
 }

@@ -18,7 +18,9 @@ class Mapping { // of a file, read only, or of memory
     ~Mapping();
     char *data() const { return at; }
     uint64_t bytes() const { return size; }
-    bool unchanged() const; // whether the file still has as many bytes
+    bool unchanged() const;               // whether the file still has as many bytes
+    Digest hash(uint64_t from = 0) const; // of the file, which does not come into memory for it
+    void forget() const;                  // pages that were touched; they come again
 
   private:
     char *at = nullptr;

@@ -94,8 +94,10 @@ class Parser {
             end = i = mark.end;
         }
         add(s.substr(end));
-        while (close(U'(', MORE)) {}
-        while (close(U'[', LESS)) {}
+        while (close(U'(', MORE)) {
+        }
+        while (close(U'[', LESS)) {
+        }
         return merged();
     }
 
@@ -190,8 +192,7 @@ std::vector<Pieces> parse_prompt(const Text &prompt) { return Parser().parse(pro
 // --- tokens -------------------------------------------------------------------------------------
 
 Tokenizer::Tokenizer(const Programs &file, const Encoder &one)
-    : programs(file), encoder(one),
-      symbols(file.symbols.data + 512 * (&one - file.encoders.data)) {
+    : programs(file), encoder(one), symbols(file.symbols.data + 512 * (&one - file.encoders.data)) {
     for (uint32_t i = 0; i < encoder.added_count; i++) {
         const Added &token = programs.added[encoder.added + i];
         const std::string text = programs.spelled(token.text);
@@ -255,11 +256,10 @@ void Tokenizer::encode_words(const Text &s, Ids &ids) const {
 
 const Merge *Tokenizer::find_merge(uint32_t left, uint32_t right) const {
     const Merge *first = programs.merges.data + encoder.merges, *end = first + encoder.merge_count;
-    const Merge *found = std::lower_bound(first, end, Merge{left, right, 0, 0},
-                                          [](const Merge &a, const Merge &b) {
-                                              return a.left != b.left ? a.left < b.left
-                                                                      : a.right < b.right;
-                                          });
+    const Merge *found =
+        std::lower_bound(first, end, Merge{left, right, 0, 0}, [](const Merge &a, const Merge &b) {
+            return a.left != b.left ? a.left < b.left : a.right < b.right;
+        });
     return found != end && found->left == left && found->right == right ? found : nullptr;
 }
 

@@ -73,8 +73,8 @@ char32_t compose(char32_t a, char32_t b) { // 0: they do not join
     if (a >= S && a < S + S_COUNT && (a - S) % T_COUNT == 0 && b > T && b < T + T_COUNT)
         return a + (b - T);
     const Composed *end = COMPOSED + sizeof COMPOSED / sizeof *COMPOSED;
-    const Composed *found =
-        std::lower_bound(COMPOSED, end, Composed{a, b, 0}, [](const Composed &x, const Composed &y) {
+    const Composed *found = std::lower_bound(
+        COMPOSED, end, Composed{a, b, 0}, [](const Composed &x, const Composed &y) {
             return x.first != y.first ? x.first < y.first : x.second < y.second;
         });
     return found != end && found->first == a && found->second == b ? found->both : 0;
