@@ -1,10 +1,10 @@
 """Compiled programs: what an app without Python needs to draw with a native bundle, in one file.
 
-The graphs, their layouts, the ladder of budgets, the sampler tables and the tokenizer are worked out
-here, by the same functions that draw in Python; embed/c only interprets the result.  The file holds
-fixed records in little-endian sections (docs/embed-c.md); weights stay in the bundle, whose identity
-the file names.  Programs are for any number of threads and any instruction set: an op's scratch lies
-above everything that is in use during it, so its size need not be known.
+The graphs, their layouts, the ladder of budgets, the sampler tables and the tokenizer are worked
+out here, by the same functions that draw in Python; embed/c only interprets the result.  The file
+holds fixed records in little-endian sections (docs/embed-c.md); weights stay in the bundle, whose
+identity the file names.  Programs are for any number of threads and any instruction set: an op's
+scratch lies above everything that is in use during it, so its size need not be known.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ def compile_programs(
 ) -> bytes:
     """The file of a native bundle for pictures of `sizes`, (width, height), by default its own.
 
-    `chunks`: the most of a prompt.  `samplers`: names, by default the recipe's.  `steps`: numbers of
-    them, by default all that the recipe allows, or 1 to 50.  Raises CompileError, ValueError for a
-    size or a sampler that the bundle does not take.
+    `chunks`: the most of a prompt.  `samplers`: names, by default the recipe's.  `steps`: numbers
+    of them, by default all that the recipe allows, or 1 to 50.  The first of each is drawn where
+    nobody says.  Raises CompileError, ValueError for a size or a sampler that the bundle does not
+    take.
     """
     manifest = bundle.manifest
     if manifest.target != "native":
@@ -143,7 +144,9 @@ def compile_programs(
     sizes = [manifest.sizes.check(size) for size in sizes or [manifest.sizes.default]]
     encoders = [name for name in TEXT_ENCODERS if name in manifest.components]
     made = _Sections()
-    _add_model(made, bundle, encoders)
+    recipe = manifest.recipe
+    first = samplers[0] if samplers else recipe.sampler, steps[0] if steps else recipe.steps
+    _add_model(made, bundle, encoders, sizes[0], *first)
     for name in encoders:
         _add_encoder(made, bundle, name)
     _add_files(made, bundle, (*encoders, "unet", "vae_decoder"))
@@ -161,7 +164,15 @@ def compile_programs(
 # --- the model ----------------------------------------------------------------------------------
 
 
-def _add_model(made: _Sections, bundle: Bundle, encoders: Sequence[str]) -> None:
+def _add_model(
+    made: _Sections,
+    bundle: Bundle,
+    encoders: Sequence[str],
+    size: tuple[int, int],
+    sampler: str,
+    steps: int,
+) -> None:
+    """With the size, the sampler and the steps of a caller who names none."""
     manifest, recipe = bundle.manifest, bundle.manifest.recipe
     pipe = Pipeline(bundle)
     decoder = bundle.component("vae_decoder").config
@@ -184,8 +195,8 @@ def _add_model(made: _Sections, bundle: Bundle, encoders: Sequence[str]) -> None
     for number in np.array(manifest.preview, np.float32).reshape(-1).tolist():
         made.add("preview", number)
     made.add(
-        "model", decoder["latent_channels"], pipe.pixels_per_latent, *manifest.sizes.default,
-        recipe.steps, *made.spell(recipe.sampler), flags, sum(width for width, _ in widths),
+        "model", decoder["latent_channels"], pipe.pixels_per_latent, *size,
+        steps, *made.spell(sampler), flags, sum(width for width, _ in widths),
         widths[-1][1] if "text_embeds" in inputs else 0, 2 * made.count("frequencies"),
         *made.spell(manifest.model), 0, recipe.guidance, low, high, decoder["scaling_factor"], 0.0,
     )  # fmt: skip
@@ -343,30 +354,33 @@ def _add_component(
     files = open_files(bundle, name)
     host = _host(bundle, name, size, chunks)
     for way in _ways(bundle, files, size, chunks):
-        ports = [*way.graph.inputs, *(o for o in way.graph.outputs if _port(files, o.name))]
-        first_port, first_op = made.count("ports"), made.count("ops")
-        first_range = made.count("ranges")
-        for entry in ports:
-            _add_port(made, files, way.layout, entry)
-        for op, above in zip(way.layout.ops, way.layout.ends, strict=True):
-            op.scratch = above
-            made.add("ops", bytes(op))
-        for r in way.ranges:
-            made.add("ranges", r.offset, r.bytes, r.first, r.last)
-        of_text = name in TEXT_ENCODERS
-        program = made.add(
-            "programs", COMPONENTS.index(name), *((0, 0) if of_text else size), chunks, way.rows,
-            first_port, len(ports), 0, first_op, len(way.layout.ops), first_range, len(way.ranges),
-            way.layout.arena_bytes,
-        )  # fmt: skip
-        own = PER_OP * len(way.layout.ops)
-        for window, weights in way.offers:
-            made.add("offers", program, 0, window, weights, host + own)
+        _add_program(made, files, way, (0, 0) if name in TEXT_ENCODERS else size, chunks, host)
 
 
-def _ways(
-    bundle: Bundle, files: Files, size: tuple[int, int], chunks: int
-) -> Iterator[_Way]:
+def _add_program(
+    made: _Sections, files: Files, way: _Way, size: tuple[int, int], chunks: int, host: int
+) -> None:
+    ports = [*way.graph.inputs, *(o for o in way.graph.outputs if _port(files, o.name))]
+    first_port, first_op = made.count("ports"), made.count("ops")
+    first_range = made.count("ranges")
+    for entry in ports:
+        _add_port(made, files, way.layout, entry)
+    for op, above in zip(way.layout.ops, way.layout.ends, strict=True):
+        op.scratch = above
+        made.add("ops", bytes(op))
+    for r in way.ranges:
+        made.add("ranges", r.offset, r.bytes, r.first, r.last)
+    program = made.add(
+        "programs", COMPONENTS.index(files.component), *size, chunks, way.rows,
+        first_port, len(ports), 0, first_op, len(way.layout.ops), first_range, len(way.ranges),
+        way.layout.arena_bytes,
+    )  # fmt: skip
+    own = PER_OP * len(way.layout.ops)
+    for window, weights in way.offers:
+        made.add("offers", program, 0, window, weights, host + own)
+
+
+def _ways(bundle: Bundle, files: Files, size: tuple[int, int], chunks: int) -> Iterator[_Way]:
     """Those that a budget could choose: each takes less memory than all before."""
     shapes = plan.shapes_of(bundle, files.component, size, chunks)
     least = math.inf
@@ -374,17 +388,19 @@ def _ways(
         graph = files.graph(shapes)
         if bands:
             graph = in_bands(graph, bands, lambda node: _uses_winograd(files, node))
-        layout = lay_out(graph, files.places, lambda op: 0)
-        if layout.arena_bytes > least * LESS:
-            continue
-        least = layout.arena_bytes
-        passing = schedule(graph, files.places, files.bytes, PAGE)
-        weights = plan.weights_but_tables(graph, files)
-        offers = [(0, weights), *((w, w) for w in passing.windows(weights))]
-        yield _Way(
-            graph, layout, passing.ranges, bands.rows if bands else 0,
-            tuple((window, held + passing.rows) for window, held in offers),
-        )  # fmt: skip
+        way = _way(files, graph, bands.rows if bands else 0)
+        if way.layout.arena_bytes <= least * LESS:
+            least = way.layout.arena_bytes
+            yield way
+
+
+def _way(files: Files, graph: Graph, rows: int) -> _Way:
+    layout = lay_out(graph, files.places, lambda op: 0)
+    passing = schedule(graph, files.places, files.bytes, PAGE)
+    weights = plan.weights_but_tables(graph, files)
+    offers = [(0, weights), *((w, w) for w in passing.windows(weights))]
+    held = tuple((window, most + passing.rows) for window, most in offers)
+    return _Way(graph, layout, passing.ranges, rows, held)
 
 
 def _uses_winograd(files: Files, node: Any) -> bool:

@@ -36,6 +36,12 @@ std::string mib(uint64_t bytes) { // rounded up, so that it can be given as a bu
     return text;
 }
 
+bool runs(const char *isa) {
+    for (uint32_t i = 0; ft_isa_name(i); i++)
+        if (!strcmp(ft_isa_name(i), isa)) return ft_isa_supported(i) != 0;
+    return false;
+}
+
 struct Request { // with what nobody said filled in
     std::string prompt, negative;
     uint64_t seed;
@@ -95,6 +101,8 @@ struct ferro {
 void ferro::open(const char *bundle, const char *path, const ferro_options &options) {
     if (options.threads > FT_MAX_THREADS)
         fail(FERRO_ARGUMENT, "threads is %u: it must be 1 to %d", options.threads, FT_MAX_THREADS);
+    if (options.isa && !runs(options.isa))
+        fail(FERRO_ARGUMENT, "this build or machine does not run %.60s", options.isa);
     isa = options.isa ? options.isa : "";
     machine = {options.threads ? options.threads : cores(), options.isa ? isa.c_str() : nullptr};
     budget = options.budget;

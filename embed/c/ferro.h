@@ -73,9 +73,9 @@ struct ferro_request {
     const char *prompt;     /* UTF-8, with weights and BREAK as docs/prompts.md has them */
     const char *negative;   /* NULL or "": none */
     uint64_t seed;          /* torch's */
-    uint32_t width, height; /* pixels; 0: the bundle's own */
-    uint32_t steps;         /* 0: the bundle's own */
-    const char *sampler;    /* NULL: the bundle's own */
+    uint32_t width, height; /* pixels; 0: the first that was compiled */
+    uint32_t steps;         /* 0: the bundle's own, or the first that was compiled */
+    const char *sampler;    /* NULL: likewise */
     double guidance;        /* below 0: the bundle's own */
     ferro_progress_callback progress; /* or NULL */
     void *user;

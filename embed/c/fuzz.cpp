@@ -26,9 +26,13 @@ const char PROMPT[] = "A (red:1.2) [apple] it's 12 caf\xc3\xa9 BREAK <|endoftext
 
 std::string zeros(uint64_t bytes) { // a file of so many
     static const std::string path = "/tmp/ferro-fuzz-" + std::to_string(getpid());
-    FILE *file = fopen(path.c_str(), "wb");
-    if (!file || ftruncate(fileno(file), off_t(bytes))) abort();
-    fclose(file);
+    static uint64_t size = 0;
+    if (size != bytes) {
+        FILE *file = fopen(path.c_str(), "wb");
+        if (!file || ftruncate(fileno(file), off_t(bytes))) abort();
+        fclose(file);
+        size = bytes;
+    }
     return path;
 }
 
@@ -49,7 +53,7 @@ void run(const Programs &file, const Offer &offer) {
     Choice choice;
     choice.offer = &offer;
     choice.program = &file.programs[offer.program];
-    const Machine machine = {2, nullptr};
+    const Machine machine = {1, nullptr};
     const Program &program = *choice.program;
     const WeightFile &weights = *file.file(program.component);
     choice.arena = arena_bytes(file, program, machine);

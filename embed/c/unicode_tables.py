@@ -53,7 +53,7 @@ def combining() -> list[tuple[int, int, int]]:
         kind = unicodedata.combining(chr(code))
         before, after = OVERLAY + chr(code), chr(code) + IOTA
         probe = after[::-1] if kind < 240 else before[::-1]
-        if kind and NFD.normalize_str(probe) != probe or chr(code) in (OVERLAY, IOTA):
+        if (kind and NFD.normalize_str(probe) != probe) or chr(code) in (OVERLAY, IOTA):
             classes.setdefault(kind, []).append(code)
     return sorted((*run, kind) for kind, codes in classes.items() for run in ranges(codes))
 
