@@ -360,7 +360,8 @@ def _add_component(
 def _add_program(
     made: _Sections, files: Files, way: _Way, size: tuple[int, int], chunks: int, host: int
 ) -> None:
-    ports = [*way.graph.inputs, *(o for o in way.graph.outputs if _port(files, o.name))]
+    outputs = (output for output in way.graph.outputs if _port(files, output.name))
+    ports: list[Input | Output] = [*way.graph.inputs, *outputs]
     first_port, first_op = made.count("ports"), made.count("ops")
     first_range = made.count("ranges")
     for entry in ports:

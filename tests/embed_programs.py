@@ -86,7 +86,7 @@ def _files(name, graph, kind):
     return Files(name, {}, outputs, Path("unused"), places, end, kind)
 
 
-def sealed(data: bytes) -> bytes:
+def sealed(data: bytes | bytearray) -> bytes:
     """A file that was changed, with the hash that it should have."""
     magic, rest = data[: len(compiled.MAGIC)], data[HASHED:]
     return magic + hashlib.sha256(rest).digest() + rest

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import unicodedata
 from functools import partial
@@ -474,9 +475,10 @@ def small(tmp_path):
 
 
 def open_small(library, folder, data):
+    """The budget keeps a hostile file from taking all memory."""
     path = folder / "programs"
     path.write_bytes(data)
-    return Host(library, folder, path, threads=1)
+    return Host(library, folder, path, threads=1, budget=64 << 20)
 
 
 def test_the_smallest_file_draws(library, small):
@@ -504,6 +506,27 @@ def test_a_damaged_file_is_refused(library, small):
     refused(FILE, "empty", lambda: open_small(library, folder, b""))
 
 
+HOSTILE = {ARGUMENT, FILE, FORMAT, BUDGET, embed_host.MEMORY, PROMPT, NUMBERS}
+
+
+def test_what_the_fuzzer_found_interesting(library, small):
+    """embed_corpus.tar.xz is the corpus of embed/c/fuzz.cpp, made small by -merge=1."""
+    folder, data = small
+    codes = []
+    with tarfile.open(Path(__file__).with_name("embed_corpus.tar.xz")) as corpus:
+        for member in corpus:
+            file = corpus.extractfile(member)
+            changed = bytearray(file.read() if file else b"")
+            if len(changed) >= 96:
+                changed[64:96] = data[64:96]  # of this folder
+                try:
+                    open_small(library, folder, embed_programs.sealed(changed)).generate("a b")
+                except HostError as error:
+                    codes.append(error.status)
+    assert set(codes) <= HOSTILE
+    assert len(codes) > 100
+
+
 def test_a_hostile_file_is_refused_or_draws(library, small):
     """Numbers of all sizes at any place, under a hash that is right: never a crash."""
     folder, data = small
@@ -520,7 +543,7 @@ def test_a_hostile_file_is_refused_or_draws(library, small):
         except HostError as error:
             codes.add(error.status)
     assert 0 < drew < 300
-    assert codes <= {ARGUMENT, FORMAT, embed_host.MEMORY, PROMPT, NUMBERS}
+    assert codes <= HOSTILE
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "a\\b", ".hidden", "a//b"])
