@@ -141,6 +141,11 @@ def compile_programs(
             f"{bundle.folder} is for {manifest.target}: the C runtime draws with native bundles, "
             "convert with --target native"
         )
+    if bundles.hash_file(bundle.path(bundles.MANIFEST)) != bundle.sha256:
+        raise CompileError(
+            f"{bundle.folder}: its {bundles.MANIFEST} was edited by hand, so its hash is not the "
+            "bundle's identity: convert the checkpoint again"
+        )
     sizes = [manifest.sizes.check(size) for size in sizes or [manifest.sizes.default]]
     encoders = [name for name in TEXT_ENCODERS if name in manifest.components]
     made = _Sections()

@@ -571,12 +571,25 @@ def test_what_cannot_be_compiled(copy):
     opened = bundles.load(EMBEDDED)
     with pytest.raises(ValueError, match="no multiple"):
         compile_programs(opened, [(100, 100)])
-    tokenizer = copy / "tokenizer" / "tokenizer.json"
+    tokenizer, changed = (
+        copy / "tokenizer" / "tokenizer.json",
+        bundles.Bundle(copy, opened.manifest),
+    )
     raw = json.loads(tokenizer.read_text())
+    vectors = [
+        raw["added_tokens"][0] | {"id": i, "content": c} for i, c in ((9, "<x>"), (8, "<x>_1"))
+    ]
+    tokenizer.write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], *vectors]}))
+    with pytest.raises(CompileError, match="a token of several vectors"):
+        compile_programs(changed)
     raw["normalizer"]["normalizers"].pop()
     tokenizer.write_text(json.dumps(raw))
     with pytest.raises(CompileError, match="no CLIP tokenizer"):
-        compile_programs(bundles.Bundle(copy, opened.manifest))
+        compile_programs(changed)
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))
+    with pytest.raises(CompileError, match="edited by hand"):
+        compile_programs(changed)
 
 
 def test_the_command(tmp_path, monkeypatch, library):
@@ -619,6 +632,14 @@ def test_the_arm64_build_draws_the_picture(tmp_path):
              out, 3, 8)  # fmt: skip
         found = np.asarray(Image.open(out))
         assert parity.psnr(expected / 255, found / 255, peak=1.0) >= 45, cpu
+
+
+def test_every_source_is_built_by_cmake():
+    listed = (
+        (SOURCE / "CMakeLists.txt").read_text().split("add_library(ferro STATIC")[1].split("$")[0]
+    )
+    sources = {path.name for path in SOURCE.glob("*.cpp")} - {"fuzz.cpp"}
+    assert set(listed.split()) == sources == {f"{name}.cpp" for name in embed_host.PARTS}
 
 
 def test_records_have_the_size_that_c_reads():
