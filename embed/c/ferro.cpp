@@ -87,7 +87,6 @@ struct ferro {
     const Table *table(const ferro_request &asked) const;
     std::vector<Tokens> tokens(const std::string &prompt, uint32_t *chunks) const;
     std::unique_ptr<Stage> stage(const Choice &choice) const;
-    const volatile int *flag() const;
     void report(const Request &request, ferro_progress progress) const;
     void encode(const Request &request, const Choice &choice, std::vector<Prompt *> prompts);
     Floats denoise(const Request &request, const Choice &choice, const Prompt &prompt,
@@ -270,11 +269,6 @@ void ferro::plan(const Request &request, Choice (&choices)[FERRO_STAGES], ferro_
 
 // --- the stages ---------------------------------------------------------------------------------
 
-const volatile int *ferro::flag() const {
-    static_assert(sizeof(std::atomic<int>) == sizeof(int), "the engine reads it as an int");
-    return reinterpret_cast<const volatile int *>(&cancelled);
-}
-
 void ferro::report(const Request &request, ferro_progress progress) const {
     const Model &model = *programs->model;
     progress.width = request.width / model.side;
@@ -306,7 +300,7 @@ void ferro::encode(const Request &request, const Choice &choice, std::vector<Pro
         prompt->pooled.clear();
         for (uint32_t i = 0; i < request.chunks; i++) {
             running->write_ids(tokens.ids.data() + size_t(i) * encoder.length);
-            running->run(flag());
+            running->run(&cancelled);
             running->read(STATES, states.data() + i * chunk);
             if (i || !encoder.pooled) continue;
             prompt->pooled.resize(encoder.pooled);
@@ -355,7 +349,7 @@ Floats ferro::denoise(const Request &request, const Choice &choice, const Prompt
         if (model.flags & POOLED) running->write(TEXT_EMBEDS, text.pooled.data());
         if (model.flags & TIME_IDS) running->write(TIME_NUMBERS, time_ids);
         if (model.flags & EMBEDS_GUIDANCE) running->write(TIMESTEP_COND, condition.data());
-        running->run(flag());
+        running->run(&cancelled);
         running->read(OUT_SAMPLE, out.data());
     };
     Floats unconditional;
@@ -398,7 +392,7 @@ void ferro::decode(const Request &request, const Choice &choice, Floats latents,
     for (float &value : latents) value = value / programs->model->scaling;
     const std::unique_ptr<Stage> running = stage(choice);
     running->write(LATENT_SAMPLE, latents.data());
-    running->run(flag());
+    running->run(&cancelled);
     const size_t pixels = size_t(request.width) * request.height;
     Floats copied;
     const float *planes = running->plane(PICTURE);

@@ -116,8 +116,10 @@ Stage::Stage(const Programs &file, const std::string &path, const Choice &choice
         fail(FERRO_FORMAT, "stage %u: %s", program.component, message);
 }
 
-void Stage::run(const volatile int *cancel) {
-    const size_t done = ft_program_run(engine.get(), arena.data(), weights.data(), nullptr, cancel);
+void Stage::run(const std::atomic<int> *cancel) {
+    static_assert(sizeof *cancel == sizeof(int), "the engine reads it as an int");
+    const auto *const flag = reinterpret_cast<const volatile int *>(cancel);
+    const size_t done = ft_program_run(engine.get(), arena.data(), weights.data(), nullptr, flag);
     if (cancel && *cancel) fail(FERRO_CANCELLED, "cancelled");
     if (done < program.op_count || !weights.unchanged())
         fail(FERRO_FILE,

@@ -1,5 +1,6 @@
 // A component's turn: its weights mapped, its arena, its program; all gone with the object.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,8 +51,8 @@ class Stage {
     void write(uint32_t name, const float *values);
     void write_ids(const int32_t *ids);
     void read(uint32_t name, float *values) const;
-    const float *plane(uint32_t name) const; // of a planar output that is whole; else null
-    void run(const volatile int *cancel);    // throws FERRO_CANCELLED, FERRO_FILE
+    const float *plane(uint32_t name) const;  // of a planar output that is whole; else null
+    void run(const std::atomic<int> *cancel); // throws FERRO_CANCELLED, FERRO_FILE
 
   private:
     struct Free {
