@@ -95,11 +95,11 @@ def head(rounds: int) -> list[str]:
         "",
         "`python benchmarks/embed_c.py`",
         "",
-        f"{measure.describe('numpy')}; {THREADS} threads.",
+        f"{measure.describe()}; {THREADS} threads.",
         "",
         f"The embedded native bundle, 128x128, 4 steps. Medians of {rounds} processes of each",
-        f"host in turn, {PICTURES - 1} pictures each after a first one; each loads and releases every",
-        "component.",
+        f"host in turn, {PICTURES - 1} pictures each after a first one; each loads and releases",
+        "every component.  Other programs ran beside them.",
         "",
     ]
 
