@@ -928,6 +928,43 @@ def plan(
     click.echo(shown.rstrip("\n"))
 
 
+@main.command("compile")
+@click.argument("bundle", type=BUNDLE, required=False)
+@click.option("-o", "--output", type=FILE, help="Default: the bundle's name with .ferroc.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Repeat for more sizes.")
+@click.option("--chunks", type=click.IntRange(1, 32), default=1, help="Most of a prompt.")
+@click.option(
+    "--sampler", "samplers", type=click.Choice(SAMPLERS), multiple=True, help="Repeat for more."
+)
+@click.option(
+    "-n", "--steps", type=click.IntRange(1, 1000), multiple=True, help="Default: all it allows."
+)
+@click.option("-f", "--force", is_flag=True, help="Replace what is there.")
+@json_option
+def compile_(bundle, output, sizes, chunks, samplers, steps, force, as_json):
+    """Write what an app without Python needs to draw with BUNDLE, a native one: docs/embed-c.md.
+
+    One file with every way to run it, fastest first, for any budget, number of threads and
+    processor, beside the bundle, whose weights it does not repeat.
+
+    \b
+    Example:
+        ferrotype compile sd15.ferro --size 512x512 --steps 4 -o sd15.ferroc
+    """
+    from .runtime import pictures
+    from .runtime.compiled import compile_programs
+
+    with usage():
+        opened = open_bundle(bundle)
+        output = output or Path(opened.folder.name).with_suffix(".ferroc")
+        pictures.check_free(output, force)
+        data = compile_programs(opened, sizes, chunks, samplers, steps)
+    with pictures.new_file(output, force) as stream:
+        stream.write(data)
+    found = {"path": str(output), "bytes": len(data)}
+    click.echo(json.dumps(found) if as_json else f"{output}: {mib(len(data))}")
+
+
 def speed(bundle: Bundle, threads: int | None) -> float:
     """FLOP/s of this machine's multiply-accumulates, measured for a moment."""
     from . import kernels

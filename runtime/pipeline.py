@@ -509,15 +509,17 @@ class Pipeline:
     def _two_passes(self, guidance: float) -> bool:
         return guidance not in (0, 1) and not self._embeds_guidance
 
+    def guidance_frequencies(self) -> npt.NDArray[np.float64]:
+        """Those of the sinusoids of the guidance scale: (time_cond_proj_dim / 2,)."""
+        half = self.bundle.component("unet").config["time_cond_proj_dim"] // 2
+        return np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
+
     def _guidance_embedding(self, guidance: float) -> Array32:
         """Sinusoids of the guidance scale, as latent consistency models were trained with.
 
         Luo et al. 2023; (1, time_cond_proj_dim).
         """
-        width = self.bundle.component("unet").config["time_cond_proj_dim"]
-        half = width // 2
-        frequencies = np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
-        angles = 1000 * (guidance - 1) * frequencies
+        angles = 1000 * (guidance - 1) * self.guidance_frequencies()
         return np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)[None]
 
 

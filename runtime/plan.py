@@ -23,7 +23,7 @@ from .engines.onnx import expands
 from .engines.onnx_memory import memory as onnx_memory
 from .layout import Layout
 from .memory import MIB, format_bytes, trim
-from .program import GraphError, Node, Weight
+from .program import Graph, GraphError, Node, Weight
 from .window import Schedule, schedule
 
 FORMAT = 1
@@ -322,8 +322,8 @@ class _Case:
 
     def _native(self, component: str, runs: int, size: tuple[int, int]) -> Iterator[Stage]:
         files = open_files(self.bundle, component)
-        shapes = _shapes(self.bundle, component, size, self.run.chunks)
-        for bands in _bands(files, shapes):
+        shapes = shapes_of(self.bundle, component, size, self.run.chunks)
+        for bands in ways(files, shapes):
             cost = _cost(files, shapes, bands, self.threads, self.isa)
             seconds = runs * (cost.flops / self.flops + cost.bytes / BYTES)
             again = cost.weights / FAULTS
@@ -393,7 +393,7 @@ def _tokenizer(bundle: Bundle, encoder: str) -> Tokenizer:
     return bundle.manifest.tokenizers[name]
 
 
-def _shapes(
+def shapes_of(
     bundle: Bundle, component: str, size: tuple[int, int], chunks: int = 1
 ) -> models.Shapes:
     """Of a component's inputs, for a picture of this size and a prompt of so many chunks."""
@@ -420,7 +420,7 @@ class _Cost:
     bytes: float  # moved by ops that do not multiply
 
 
-def _bands(files: Files, shapes: models.Shapes) -> Iterator[Bands | None]:
+def ways(files: Files, shapes: models.Shapes) -> Iterator[Bands | None]:
     """Ways to cut a component's images, fastest first."""
     yield None
     if files.component not in ("vae_decoder", "vae_encoder"):
@@ -450,10 +450,7 @@ def _work_out(
 ) -> _Cost:
     graph, layout = files.prepare(shapes, bands, threads, isa)
     passing = schedule(graph, files.places, files.bytes)
-    tables = {p.name for n in graph.nodes for p in (n.weight, n.bias) if p and p.form == "table"}
-    weights = files.bytes - sum(files.places[name].bytes for name in tables)
-    largest = max((r.bytes for r in passing.ranges), default=0)
-    windows = {passing.floor, passing.floor + largest}
+    weights = weights_but_tables(graph, files)
     work = [_work(node, files.places, isa) for node in graph.nodes]
     return _Cost(
         len(graph.nodes),
@@ -462,12 +459,17 @@ def _work_out(
         passing.rows,
         tuple(
             (w, w + layout.arena_bytes - _together(layout, passing, w))
-            for w in sorted(windows, reverse=True)
-            if w < weights
+            for w in passing.windows(weights)
         ),
         sum(flops for flops, _ in work),
         sum(moved for _, moved in work),
     )
+
+
+def weights_but_tables(graph: Graph, files: Files) -> int:
+    """Bytes of a component's file that are read whole: of tables only some rows are."""
+    tables = {p.name for n in graph.nodes for p in (n.weight, n.bias) if p and p.form == "table"}
+    return files.bytes - sum(files.places[name].bytes for name in tables)
 
 
 def _together(layout: Layout, passing: Schedule, window: int) -> int:
@@ -514,7 +516,7 @@ def _onnx_text(
     """
     config, outputs = bundle.component(component).config, bundle.component(component).outputs
     try:
-        shapes = _shapes(bundle, component, size, chunks)
+        shapes = shapes_of(bundle, component, size, chunks)
         graph = models.build(component, config, shapes, Type.F32, outputs)
     except GraphError:
         return 0.0, None if component == "unet" else 0

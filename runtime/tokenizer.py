@@ -62,6 +62,21 @@ class Tokenizer:
         self._start, self._end = frame
         self._pad, self._length = pad, spec.max_length
 
+    @property
+    def frame(self) -> tuple[int, int, int]:
+        """Ids of the start, the end and the padding."""
+        return self._start, self._end, self._pad
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token that was added is one vector, so that prompts are read as written."""
+        return all(token == every for token, every in self._spelled.items())
+
+    def normalized(self, text: str) -> str:
+        """A text as words are looked for in it."""
+        normalizer = self._encoder.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
     def __call__(self, prompt: str) -> Tokens:
         """Encode a text as it is into one chunk; what does not fit is cut off at the end."""
         return self._chunks([[Span(self._spell_out(prompt), 1.0)]], 1)

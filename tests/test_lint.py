@@ -35,7 +35,8 @@ def test_mypy(tmp_path):
 
 
 def test_clang_format():
-    sources = [p for g in ("kernels/*.h", "kernels/*.cpp", "tests/*.cpp") for p in ROOT.glob(g)]
+    folders = ("kernels", "tests", "embed/c")
+    sources = [p for f in folders for end in ("h", "cpp", "c") for p in ROOT.glob(f"{f}/*.{end}")]
     call = "import clang_format; clang_format.clang_format()"
     done = subprocess.run(
         [sys.executable, "-c", call, "--dry-run", "-Werror", *sources],
