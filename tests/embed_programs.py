@@ -83,7 +83,7 @@ def _files(name, graph, kind):
         places[packed.name] = Weight(packed.type(kind), end, size)
         end = round_up(end + size, LINE)
     outputs = tuple(output.name for output in graph.outputs)
-    return Files(name, {}, outputs, Path("unused"), places, end, kind)
+    return Files(name, {}, outputs, Path("unused"), places, end, kind, False)
 
 
 def sealed(data: bytes | bytearray) -> bytes:
