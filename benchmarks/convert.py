@@ -49,7 +49,7 @@ CASES = {  # case -> model, what is run
     "onnx sdxl": ("sdxl", "onnx"),
     "optimum sdxl": ("sdxl", "optimum"),
 }
-# Compared as a picture of this size: torch takes ten minutes for SDXL's own.  Memory is the weights'.
+# Compared as a picture of this size: torch takes ten minutes for SDXL's own.
 SMALLER = {"sdxl": ("--size", "512x512")}
 MOST = 0.9  # of the machine's memory: what takes more is stopped, and said to be
 STAGES = """
