@@ -36,6 +36,9 @@ class Drawer:
         world.now += 0.5
         self._world, self._name, self._seconds, self._fails = world, name, seconds, fails
 
+    def ready(self):
+        pass
+
     def picture(self, seed):
         world = self._world
         if self._fails is not None and world.drawn.count(self._name) >= self._fails:
