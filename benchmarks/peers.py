@@ -46,7 +46,9 @@ KINDS = {  # a peer's engine in the result; the others are called as they are
     "onnx": "ferrotype onnx", "native": "ferrotype native", "cpp": "stable-diffusion.cpp",
 }  # fmt: skip
 MODEL = "sd15, random"
-ROOM = 9 << 30  # bytes that must be free before another peer loads Stable Diffusion 1.5
+ROOM = {  # by kind: GiB that must be free before it loads Stable Diffusion 1.5
+    "native": 2, "onnx": 5, "openvino": 5, "torch": 8, "onnxruntime": 8, "cpp": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,22 @@ class Scale:
     limits: Limits
     patience: float  # seconds for one answer of a peer
     configs: Configs = field(default_factory=lambda: checkpoints.SD15)
-    room: int = ROOM
+    room: float = 1.0  # part of ROOM
     prepare: float | None = None  # seconds to make what is not there; None: as long as it takes
     total: float | None = None  # seconds of everything together, but for the last round
+    flags: tuple[str, ...] = ()  # that choose it
 
 
 FULL = Scale((512, 512), 4, Limits(rounds=20, seconds=4 * 3600, each=1800), 1800)
 # One process each: there is no time for loading again.
 QUICK = Scale(
-    (256, 256), 2, Limits(rounds=13, restart=1000, each=90), 150, prepare=300, total=960
+    (256, 256), 2, Limits(rounds=13, restart=1000, each=90), 150, prepare=300, total=960,
+    flags=("--quick",),
 )  # fmt: skip
 TINY = Scale(
-    (64, 64), 2, Limits(rounds=2, seconds=60, restart=1000), 120, checkpoints.TINY, 1 << 28
-)
+    (64, 64), 2, Limits(rounds=2, seconds=60, restart=1000), 120, checkpoints.TINY, room=0.01,
+    flags=("--tiny",),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -86,7 +91,8 @@ def main() -> None:
         if chosen.prepare:
             _, missing = prepare_all(names, folder, scale, None)
             sys.exit("\n".join(f"{n}: {why}" for n, why in missing.items()) or None)
-        result = compare(names, folder, scale, chosen.threads, command(chosen), chosen.output)
+        output = chosen.output or (folder if chosen.tiny else measure.RESULTS) / "peers"
+        result = compare(names, folder, scale, chosen.threads, command(chosen), output)
     print(report(result))
     if result.protocol.stopped == "interrupted":
         sys.exit(130)
@@ -101,7 +107,7 @@ def arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="256x256, 2 steps, within 20 minutes")
     add("--tiny", action="store_true", help="random networks of some kilobytes: does it work?")
     add("--prepare", action="store_true", help="only make what the peers load, however long")
-    add("--output", type=Path, default=measure.RESULTS / "peers", help="default: %(default)s")
+    add("--output", type=Path, help="default: results/peers here; with --tiny none")
     add("--prepare-one", choices=PEERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -120,7 +126,7 @@ def compare(
     began = time.monotonic()
     here, identity, created = machine.describe(), secrets.token_hex(8), run.now()
     ready, missing = prepare_all(names, folder, scale, scale.prepare)
-    room = Room(scale.room)
+    room = Room()
     turns = {n: Turn(PEERS[n], folder, scale, threads, room) for n in ready}
     head = Head(identity, created, here, command, scale, threads)
 
@@ -149,10 +155,10 @@ def prepare_all(
     """Make what each loads in a process of its own: who can run, and why the others cannot."""
     ends = None if seconds is None else time.monotonic() + seconds
     ready, missing = [], {}
-    flag = {id(TINY): ["--tiny"], id(QUICK): ["--quick"]}.get(id(scale), [])
     for name in names:
         print(f"preparing {name}", file=sys.stderr, flush=True)
-        argv = [sys.executable, __file__, "--folder", str(folder), *flag, "--prepare-one", name]
+        argv = [sys.executable, __file__, "--folder", str(folder), *scale.flags]
+        argv += ["--prepare-one", name]
         left = None if ends is None else max(5.0, ends - time.monotonic())
         if why := _failure(argv, left):
             missing[name] = why
@@ -182,13 +188,13 @@ def _failure(argv: Sequence[str], seconds: float | None) -> str:
 class Room:
     """Processes that are there at once: as many as the memory holds."""
 
-    def __init__(self, needed: int, free: Callable[[], int] = lambda: available()) -> None:
-        self._needed, self._free = needed, free
+    def __init__(self, free: Callable[[], float] | None = None) -> None:
+        self._free = free or available
         self._inside: list[Turn] = []  # whoever drew last comes last
 
     def enter(self, turn: Turn) -> None:
         """End whoever drew longest ago until there is room."""
-        while self._inside and self._free() < self._needed:
+        while self._inside and self._free() < turn.needed:
             self._inside[0].close()
         self._inside.append(turn)
 
@@ -215,19 +221,19 @@ class Turn:
 
     def __init__(self, peer: Peer, folder: Path, scale: Scale, threads: int, room: Room) -> None:
         self.peer = peer
+        self.needed = scale.room * ROOM[peer.kind] * 2**30  # bytes
         self.peak = 0.0  # MiB above the process with its libraries
+        self.pid: int | None = None
         self._scale, self._room = scale, room
         self._start: Callable[[], Worker] = partial(Worker, peer, folder, threads, scale.patience)
         self._worker: Worker | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return self._worker.pid if self._worker else None
-
     def open(self) -> Turn:
+        """Load, whoever has to make room for it."""
         self._room.enter(self)
         try:
             self._worker = self._start()
+            self.pid = self._worker.pid
             size, steps = self._scale.size, self._scale.steps
             self._worker.ask(open={"size": size, "steps": steps})
         except BaseException:
@@ -251,7 +257,7 @@ class Turn:
     def close(self) -> None:
         """The process ends; it may come back."""
         self._room.leave(self)
-        worker, self._worker = self._worker, None
+        worker, self._worker, self.pid = self._worker, None, None
         if worker:
             worker.close()
 
