@@ -155,9 +155,13 @@ def prepare(
             for component in components:
                 _prepare_graph(folder, component, size, peer.precision)
         elif peer.kind in ("onnx", "onnxruntime"):
-            for component in components:
-                if not (onnx_graph(folder, component, peer.precision) / INTERFACE).exists():
-                    _make("export", component, folder, peer.precision)
+            absent = [
+                component
+                for component in components
+                if not (onnx_graph(folder, component, peer.precision) / INTERFACE).exists()
+            ]
+            if absent:  # in one process: importing torch takes its time
+                _make("export", ",".join(absent), folder, peer.precision)
         elif peer.kind == "cpp":
             interpreter(peer, folder)
             single = folder / f"{CHECKPOINT}.safetensors"
@@ -657,8 +661,9 @@ def main(verb: str, *arguments: str) -> None:
             serve(kind, Job(precision, Path(folder), int(threads)))
         case "convert", (component, folder, width, height):
             convert(component, Path(folder), (int(width), int(height)))
-        case "export", (component, folder, form):
-            export(component, Path(folder), form)
+        case "export", (components, folder, form):
+            for component in components.split(","):
+                export(component, Path(folder), form)
         case "quantize", (component, folder, width, height):
             quantize(component, Path(folder), (int(width), int(height)))
 
