@@ -30,9 +30,9 @@ import numpy as np
 
 from ferrotype import bundle as bundles
 from ferrotype import kernels
-from ferrotype.benchmarks import checkpoints, measure, random_bundles
+from ferrotype.benchmarks import measure
 from ferrotype.benchmarks.native_ops import flop
-from ferrotype.benchmarks.peer_workers import PEERS, Worker
+from ferrotype.benchmarks.peer_workers import NATIVE, PEERS, Worker, native_bundle
 from ferrotype.benchmarks.peer_workers import prepare as prepare_peer
 from ferrotype.bundle import Bundle
 from ferrotype.kernels import Kind, Op, Type
@@ -44,13 +44,6 @@ from ferrotype.runtime.pipeline import Pipeline
 SIZE = (512, 512)
 STEPS = 1  # of the picture whose memory is measured
 READ = ("text_encoder", "unet", "vae_decoder")
-PRECISIONS = {  # by name: weights and activations
-    "bf16": ("bf16", "bf16"),
-    "w8": ("w8", "bf16"),
-    "w8, int8": ("w8", "int8"),
-    "w4": ("w4", "bf16"),
-    "fp32": ("fp16", "fp32"),  # fp16 in the file, fp32 in arithmetic
-}
 NARROW = "w8, int8"
 
 
@@ -85,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        made = {name: prepare(folder, name) for name in PRECISIONS}
+        made = {name: bundles.load(native_bundle(folder, name, SIZE)) for name in NATIVE}
         for match in MATCHES:
             if match.isa and match.isa not in kernels.isas():
                 lines += [f"## {match.isa}", "", "This machine does not run it.", ""]
@@ -104,14 +97,6 @@ def main() -> None:
     print(report)
     if chosen.check and missed:
         sys.exit("\n".join(["missed:", *missed]))
-
-
-def prepare(folder: Path, name: str) -> Bundle:
-    weights, activations = PRECISIONS[name]
-    out = folder / f"sd15-{weights}-{activations}.ferro"
-    if not out.exists():
-        random_bundles.write(out, checkpoints.SD15, weights, activations, SIZE)
-    return bundles.load(out)
 
 
 def head(rounds: int, options: Sequence[str]) -> list[str]:

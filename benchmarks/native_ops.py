@@ -82,7 +82,7 @@ def head(rounds: int) -> list[str]:
 
 def ready(folder: Path, component: str, size: Size, threads: int) -> Ready:
     """The component of our bundle with random inputs."""
-    engine = NativeEngine(load(bundle(folder, "native", "bf16")), component, threads)
+    engine = NativeEngine(load(bundle(folder, "bf16")), component, threads)
     feed = inputs(component, size)
     plan = engine.layout({name: array.shape for name, array in feed.items()})
     return Ready(engine, feed, list(plan.ops), plan.arena_bytes)

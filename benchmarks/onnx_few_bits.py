@@ -9,39 +9,28 @@ checkpoint and the graphs (10 GB); making them takes some minutes each.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ferrotype import bundle as bundles
-from ferrotype.benchmarks import checkpoints, measure, peer_workers
-from ferrotype.bundle import Bundle, Component, Precision
-from ferrotype.quantize.recipe import Recipe
+from ferrotype.benchmarks import measure, peer_workers
 from ferrotype.runtime.engines.onnx import OnnxEngine
-from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 
 SIZE = (512, 512)
 FORMS = ("fp32", "fp16", "w8", "w4")
 FRUGAL = "fp16, expanded when used"  # the other way to run fp16
-INTERFACE = "interface.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint and the graphs here")
     parser.add_argument("--check", action="store_true", help="exit with 1 if memory does not fall")
-    parser.add_argument("--export", help=argparse.SUPPRESS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.export:
-        export(chosen.folder, chosen.export)
-    elif chosen.step:
+    if chosen.step:
         print(step(chosen.folder, chosen.step))
     else:
         with tempfile.TemporaryDirectory() as temporary:
@@ -50,11 +39,9 @@ def main() -> None:
 
 def compare(folder: Path, check: bool) -> None:
     folder.mkdir(exist_ok=True)
-    if not (folder / peer_workers.CHECKPOINT).exists():
-        checkpoints.write_checkpoint(folder / peer_workers.CHECKPOINT, checkpoints.SD15)
     for form in FORMS:
-        if not (place(folder, form) / INTERFACE).exists():
-            measure.run(sys.executable, __file__, "--folder", str(folder), "--export", form)
+        if not (place(folder, form) / peer_workers.INTERFACE).exists():
+            peer_workers.prepare(peer_workers.PEERS[f"onnx-{form}"], folder, SIZE, ("unet",))
     rows, peaks = [], {}
     for form in (*FORMS[:2], FRUGAL, *FORMS[2:]):
         found = measure.run(sys.executable, __file__, "--folder", str(folder), "--step", form)
@@ -87,47 +74,20 @@ def compare(folder: Path, check: bool) -> None:
 
 
 def place(folder: Path, form: str) -> Path:
-    return folder / f"unet-onnx-{'fp16' if form == FRUGAL else form}" / "unet"
-
-
-def export(folder: Path, form: str) -> None:
-    """Write the graph of the checkpoint's U-Net, and what it takes and returns."""
-    from ferrotype.convert import modules, onnx
-    from ferrotype.convert.checkpoint import open_checkpoint
-    from ferrotype.convert.garbage import uncollected
-
-    checkpoint = open_checkpoint(folder / peer_workers.CHECKPOINT)
-    weights = form if form in ("fp32", "fp16") else Recipe.uniform(form)
-    with modules.quiet(), uncollected():
-        module, config = modules.unet(checkpoint), checkpoint.configs["unet"]
-        made = onnx.export("unet", module, config, place(folder, form), None, weights)
-    said = {name: made[name] for name in ("inputs", "outputs")}
-    (place(folder, form) / INTERFACE).write_text(json.dumps(said))
+    return peer_workers.onnx_graph(folder, "unet", "fp16" if form == FRUGAL else form)
 
 
 def step(folder: Path, form: str) -> float:
     """Run the U-Net once in this process; seconds."""
-    said = json.loads((place(folder, form) / INTERFACE).read_text())
     weights = "fp16" if form == FRUGAL else form
-    engine = OnnxEngine(_bundle(folder, form, weights, said), "unet", 2, form == FRUGAL)
+    engine = OnnxEngine(
+        peer_workers.onnx_bundle(folder, "unet", weights), "unet", 2, form == FRUGAL
+    )
     inputs = peer_workers.inputs("unet", SIZE)
     began = time.perf_counter()
     found = engine(inputs)["out_sample"]
     assert np.isfinite(found).all()
     return time.perf_counter() - began
-
-
-def _bundle(folder: Path, form: str, weights: str, said: dict[str, Any]) -> Bundle:
-    """A bundle that has that U-Net; the rest of its manifest is the embedded one's."""
-    taken, returned = (
-        {name: bundles.Tensor(t["dtype"], tuple(t["shape"])) for name, t in said[side].items()}
-        for side in ("inputs", "outputs")
-    )
-    embedded = bundles.load(EMBEDDED_ONNX).manifest
-    parts = {"unet": Component("unet", {}, taken, returned)}
-    precision = Precision(weights, "fp32")
-    manifest = dataclasses.replace(embedded, precision=precision, components=parts)
-    return Bundle(place(folder, form).parent, manifest)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ferrotype.benchmarks import peers as peers_table
 from ferrotype.benchmarks.measure import RESULTS, ROOT
 from ferrotype.runtime.bench import report, results, tables, verdict
 
@@ -36,6 +37,8 @@ FORMS = {  # of results/quantization.md
 BUDGETS = ("none", "256 MiB", "512 MiB", "118 MiB (the smallest)")  # of results/memory.md
 PICTURES = {"stages": "latency.svg", "frontier": "frontier.svg"}  # of results/latency.json
 LATENCY = RESULTS / "latency.json"
+PEERS = RESULTS / "peers.json"
+COLUMNS = ("", "U-Net step", "VAE", "picture", "ready after", "peak", "to the first")  # of peers
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,23 @@ def engines() -> str:
         "AVX512_BF16, every engine in turn in one run.",
         tables.Table(head, tuple(rows)).markdown(),
         found.again,
+    )
+
+
+def peers() -> str:
+    """Our engines and their peers by the protocol of `ferrotype bench`."""
+    found = results.load(PEERS)
+    about = found.measured[0].settings
+    missing = [f"{v.name} ({v.error})" for v in found.variants if not v.samples]
+    told = f"  Not measured: {'; '.join(missing)}." if missing else ""
+    return _part(
+        "Beside other engines",
+        f"Stable Diffusion 1.5 shapes at {about['size']}, {about['steps']} steps, "
+        f"{about['threads']} threads of {found.machine.cpu} ({', '.join(found.machine.units)}): "
+        f"{tables.how(found)}.",
+        peers_table.table(found).only(*COLUMNS).markdown(),
+        f"Every row again: `{found.command.replace(' --folder FOLDER', '')}`; from "
+        f"[benchmarks/results/{PEERS.stem}.md](benchmarks/results/{PEERS.stem}.md).{told}",
     )
 
 
@@ -193,7 +213,9 @@ def latency() -> str:
     )
 
 
-PARTS: tuple[Callable[[], str], ...] = (engines, budgets, bits, latency)
+# The full comparison is there once `python benchmarks/peers.py` was run.
+FIRST = peers if PEERS.exists() else engines
+PARTS: tuple[Callable[[], str], ...] = (FIRST, budgets, bits, latency)
 
 
 def _part(title: str, *paragraphs: str) -> str:

@@ -42,6 +42,9 @@ class HeldUp:
     def __post_init__(self) -> None:
         self.pid = self.process.pid
 
+    def ready(self) -> None:
+        self.process.ready()
+
     def picture(self, seed: int) -> Picture:
         drawn = self.process.picture(seed)
         wait = self.part * drawn.seconds

@@ -36,6 +36,9 @@ class Drawer:
         world.now += 0.5
         self._world, self._name, self._seconds, self._fails = world, name, seconds, fails
 
+    def ready(self):
+        pass
+
     def picture(self, seed):
         world = self._world
         if self._fails is not None and world.drawn.count(self._name) >= self._fails:
@@ -116,6 +119,24 @@ def test_a_time_limit_ends_a_run():
     outcome = run(world, world.subject("a", 2.0), seconds=21.0, target=-1, restart=100)
     assert outcome.stopped == "seconds"
     assert 21.0 <= outcome.elapsed <= 23.0 + 0.5
+
+
+def test_who_had_its_share_sits_out_and_the_others_go_on():
+    world = World()
+    outcome = run(world, world.subject("a", 1.0), world.subject("slow", 10.0), each=25.0,
+                  target=0.02)  # fmt: skip
+    assert len(outcome.samples["slow"]) == 3
+    assert outcome.sitting_out == {"slow"}
+    assert outcome.errors == {}
+    assert outcome.stopped == "interval"  # which the one that sits out does not hold up
+    assert len(outcome.samples["a"]) == outcome.rounds >= protocol.FEWEST
+
+
+def test_a_run_ends_when_all_had_their_share():
+    world = World()
+    outcome = run(world, *(world.subject(n, 10.0) for n in "ab"), each=20.0, target=-1, restart=1)
+    assert outcome.stopped == "seconds"
+    assert [len(found) for found in outcome.samples.values()] == [2, 2]
 
 
 def test_an_interrupt_keeps_what_was_measured():

@@ -1,12 +1,15 @@
 """README's figures are those of the results files."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ferrotype.benchmarks import readme
 from ferrotype.benchmarks.measure import RESULTS, ROOT
+from ferrotype.runtime.bench import results
+from ferrotype.tests.bench_results import result, rng, samples, variant
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -29,9 +32,27 @@ def test_a_changed_result_changes_the_section(tmp_path, monkeypatch):
     row = next(line for line in text.splitlines() if "U-Net step | native-bf16" in line)
     middle = row.split("|")[3]
     native.write_text(text.replace(row, row.replace(middle, " 9,876 ", 1)))
+    before = readme.section((readme.engines,))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert "| 9.88 s |" in readme.engines()
-    assert readme.replaced(TEXT) != TEXT
+    assert readme.section((readme.engines,)) != before
+
+
+def test_peers_are_shown_with_who_is_missing(tmp_path, monkeypatch):
+    generator = rng()
+    settings = {"size": "512x512", "steps": 4, "threads": 2}
+    more = {"settings": settings, "timeline": None}
+    ours, theirs = (variant(n, samples(generator, s, 12), **more) for n, s in
+                    (("ours", 1.0), ("theirs", 2.0)))  # fmt: skip
+    absent = replace(ours, name="absent", samples=(), error="pip could not install it")
+    found = replace(result(ours, theirs, absent), command="python benchmarks/peers.py --quick")
+    monkeypatch.setattr(readme, "PEERS", tmp_path / "peers.json")
+    readme.PEERS.write_text(results.dumps(found))
+    text = readme.peers()
+    [row] = [line for line in text.splitlines() if line.startswith("| theirs ")]
+    assert re.search(r"[12]\.\d\dx \(", row)
+    assert "absent (pip could not install it)" in text
+    assert "`python benchmarks/peers.py --quick`" in text
 
 
 def test_marks_that_are_missing_or_there_twice_are_told():

@@ -9,6 +9,7 @@ warm it up and are not kept.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ class Runner(Protocol):
 
     pid: int | None
 
+    def ready(self) -> None:
+        """Called before every picture and its clock: what made room for others comes back.
+
+        Raises RunnerError.
+        """
+
     def picture(self, seed: int) -> Picture:
         """Raises RunnerError."""
 
@@ -77,6 +84,7 @@ class Limits:
     warmup: int = 1
     restart: int = 5
     seed: int = 0
+    each: float = math.inf  # seconds of one subject's pictures, after which it sits out
 
 
 @dataclass
@@ -92,6 +100,7 @@ class Outcome:
     stopped: str = "interrupted"
     elapsed: float = 0.0
     error: RunnerError | None = None  # the first
+    sitting_out: set[str] = field(default_factory=set)  # those that had the time of `each`
 
     def describe(self) -> Description:
         """For the result."""
@@ -103,7 +112,8 @@ class Outcome:
 
     def narrow(self) -> bool:
         """Whether every interval is as narrow as was asked for."""
-        alive = [s for name, s in self.samples.items() if name not in self.errors]
+        gone = self.errors.keys() | self.sitting_out
+        alive = [samples for name, samples in self.samples.items() if name not in gone]
         at = self.limits
         times = [[sample.seconds for sample in found] for found in alive]
         fewest = max(FEWEST, fewest_rounds(len(times) - 1))
@@ -168,8 +178,8 @@ class _Run:
         for index in count():
             if index % self._limits.restart == 0:
                 self._open_all(seed=index)
-            if not self._subjects:
-                return "failed"
+            if reason := self._none_left():
+                return reason
             for name in self._next_order(index):
                 self._one(name, index)
             self.outcome.rounds = index + 1
@@ -186,13 +196,19 @@ class _Run:
 
     def _over(self) -> str:
         at, outcome = self._limits, self.outcome
-        if not self._subjects:
-            return "failed"
+        if reason := self._none_left():
+            return reason
         if outcome.narrow():
             return "interval"
         if outcome.elapsed >= at.seconds:
             return "seconds"
         return "rounds" if outcome.rounds >= at.rounds else ""
+
+    def _none_left(self) -> str:
+        """Why there is nobody whose turn it could be; "" if there is."""
+        if self._subjects:
+            return ""
+        return "seconds" if self.outcome.sitting_out else "failed"
 
     def _next_order(self, index: int) -> list[str]:
         """A new order, or the one before in reverse."""
@@ -218,6 +234,7 @@ class _Run:
     def _one(self, name: str, index: int) -> None:
         runner, threads = self._runners[name], self._subjects[name].threads
         with self._leaving(name):
+            runner.ready()
             speed, started = self._probe(), self._clock() - self.began
             before = self._sensors.read(runner.pid)
             picture = runner.picture(index)
@@ -227,7 +244,11 @@ class _Run:
                 index, started, picture.seconds, picture.stages, self._sensors.mhz(),
                 self._sensors.celsius(), between.joules, speed, between.waited, between.stolen,
             )  # fmt: skip
-            self.outcome.samples[name].append(sample)
+            taken = self.outcome.samples[name]
+            taken.append(sample)
+            if sum(one.seconds for one in taken) >= self._limits.each:
+                self.outcome.sitting_out.add(name)
+                self._end(name)
 
     @contextmanager
     def _leaving(self, name: str) -> Iterator[None]:
@@ -240,6 +261,10 @@ class _Run:
     def _leave(self, name: str, error: RunnerError) -> None:
         self.outcome.errors[name] = str(error)
         self.outcome.error = self.outcome.error or error
+        self._end(name)
+
+    def _end(self, name: str) -> None:
+        """It takes no more turns."""
         del self._subjects[name]
         if name in self._runners:
             self._runners.pop(name).close()

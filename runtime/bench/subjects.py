@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -23,9 +24,19 @@ LAST_WORDS = 4000  # letters of its standard error that are kept
 
 
 class Process:
-    """A worker that is asked in lines of JSON.  Raises RunnerError for what it cannot do."""
+    """A worker that is asked in lines of JSON.  Raises RunnerError for what it cannot do.
 
-    def __init__(self) -> None:
+    By default it is one of `worker.py`; `argv` starts another that answers in the same way, with
+    `environment` beside this process's own.  One that answers no question within `patience`
+    seconds is ended.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        patience: float | None = None,
+    ) -> None:
         # A group of its own: the terminal's interrupt is for the process that measures.
         apart: dict[str, Any] = (
             {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -33,18 +44,19 @@ class Process:
             else {"start_new_session": True}
         )
         self._process = process = subprocess.Popen(
-            command(sys.path),
+            argv or command(sys.path),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(environment or {})},
             **apart,
         )
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         self._requests, self._answers = process.stdin, process.stdout
-        self._words, self._busy = "", False
+        self._words, self._busy, self._patience, self._late = "", False, patience, False
         # Read all the time, so that it never waits for room.
         self._listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
         self._listener.start()
@@ -62,6 +74,9 @@ class Process:
             raise
         return process
 
+    def ready(self) -> None:
+        """It always is."""
+
     def picture(self, seed: int) -> Picture:
         found = self.ask(picture=seed)
         return Picture(found["seconds"], {k: tuple(v) for k, v in found["stages"].items()})
@@ -69,12 +84,17 @@ class Process:
     def ask(self, **request: Any) -> Any:
         """The answer to one request."""
         self._busy = True
+        watch = threading.Timer(self._patience or 0, self._lose_patience)
+        if self._patience:
+            watch.start()
         try:
             self._requests.write(json.dumps(request) + "\n")
             self._requests.flush()
             line = self._answers.readline()
         except OSError:  # it is gone, and with it the pipe
             line = ""
+        finally:
+            watch.cancel()
         if not line:
             raise RunnerError(self._epitaph())
         self._busy = False
@@ -97,6 +117,10 @@ class Process:
         self._answers.close()
         self._listener.join(PATIENCE)
 
+    def _lose_patience(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _listen(self, stream: Any) -> None:
         with stream:
             for line in stream:
@@ -106,6 +130,8 @@ class Process:
         code = self._process.wait()
         self._listener.join(PATIENCE)
         lines = self._words.strip().splitlines()
+        if self._late:
+            return f"it gave no answer within {self._patience:,.0f} s"
         why = f": {lines[-1][:MAX_TEXT]}" if lines else ""
         if code == -9:
             return "its process was killed, as the system does where memory runs out: try a " \

@@ -33,6 +33,12 @@ class Table:
         head, *rows = zip(self.head, *self.rows, strict=True)
         return Table(head, tuple(rows))
 
+    def only(self, *columns: str) -> Table:
+        """Those columns, of which the first is text."""
+        places = [self.head.index(name) for name in columns]
+        rows = tuple(tuple(row[i] for i in places) for row in self.rows)
+        return Table(columns, rows)
+
     def markdown(self) -> str:
         lines = [
             self.head,
