@@ -4,6 +4,9 @@
         page = browse(path_or_url, width=390, dark=True)
         assert page.errors == []
 
+They run when asked for, `pytest -m browser`: playwright keeps a loop of greenlets in the process
+for the whole session, beside which other tests of one worker crashed.
+
 Chromium is Debian's: where it is missing and this process may install packages, it is installed;
 where not, tests that take `browse` skip with the reason.
 """
@@ -44,8 +47,10 @@ class Page:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
+def chromium(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A running Chromium, as playwright's Browser."""
+    if "browser" not in request.config.option.markexpr:
+        pytest.skip("a browser: ask for it with -m browser")
     playwright = pytest.importorskip("playwright.sync_api")
     if why := missing(PROGRAMS, PACKAGE):
         pytest.skip(why)

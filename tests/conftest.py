@@ -43,3 +43,10 @@ def xl(tmp_path_factory):
 def emoji(tmp_path):
     """A copy of the embedded ONNX bundle to break."""
     return shutil.copytree(EMBEDDED_ONNX, tmp_path / "emoji.ferro")
+
+
+def pytest_collection_modifyitems(items):
+    """What opens pages is a test of the browser."""
+    for item in items:
+        if "browse" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")

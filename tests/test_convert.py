@@ -243,8 +243,8 @@ def test_below_the_floor_it_fails_names_the_layer_and_leaves_nothing(tmp_path, m
     checkpoint = write_checkpoint(tmp_path / "tiny", TINY)
     export = onnx_export.export
 
-    def damaging(name, module, config, folder, *rest):
-        made = export(name, module, config, folder, *rest)
+    def damaging(name, module, config, folder, *rest, **options):
+        made = export(name, module, config, folder, *rest, **options)
         if name == "unet":
             damage(folder, "mid_block.resnets.0.conv1.weight")
         return made
