@@ -73,7 +73,7 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[int
         whole = _json(folder / TOKENIZER)
         model = whole["model"]
         if model.get("type", "BPE") != "BPE":
-            raise ConvertError(f"{folder} is no CLIP tokenizer: its model is {model['type']}")
+            raise ValueError(f"its model is {model['type']}")
         vocab, lines = model["vocab"], model["merges"]
         added = {int(t["id"]): str(t["content"]) for t in whole.get("added_tokens", ())}
     else:
@@ -87,7 +87,7 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[int
         first, second = line.split(" ") if isinstance(line, str) else line
         merges.append((str(first), str(second)))
     if not vocab or len(vocab) > MAX_TOKENS:
-        raise ConvertError(f"{folder} is no CLIP tokenizer: it has {len(vocab):,} tokens")
+        raise ValueError(f"it has {len(vocab):,} tokens")
     return vocab, merges, {i: t for i, t in sorted(added.items()) if t not in vocab}
 
 
@@ -112,7 +112,7 @@ def _built(
 ) -> tokenizers.Tokenizer:
     missing = [f"{role} {token!r}" for role, token in special.items() if token not in vocab]
     if missing:
-        raise ConvertError(f"no CLIP tokenizer: {', '.join(missing)} is not in the vocabulary")
+        raise ValueError(f"{', '.join(missing)} is not in the vocabulary")
     start, end = special["bos_token"], special["eos_token"]
     model = models.BPE(
         vocab=vocab,
@@ -140,10 +140,8 @@ def _built(
     for i, token in added.items():
         made.add_tokens([token])
         if made.token_to_id(token) != i:
-            raise ConvertError(
-                f"no CLIP tokenizer: {token!r} is number {i}, the next free one is "
-                f"{made.token_to_id(token)}"
-            )
+            free = made.token_to_id(token)
+            raise ValueError(f"{token!r} is number {i}, the next free one is {free}")
     return made
 
 
