@@ -4,8 +4,8 @@
         page = browse(path_or_url, width=390, dark=True)
         assert page.errors == []
 
-They run when asked for, `pytest -m browser`: playwright keeps a loop of greenlets in the process
-for the whole session, beside which other tests of one worker crashed.
+They run in a process of their own, `pytest -m browser`, which test_in_browser.py starts: playwright
+keeps a loop of greenlets for the whole session, beside which other tests of one worker crashed.
 
 Chromium is Debian's: where it is missing and this process may install packages, it is installed;
 where not, tests that take `browse` skip with the reason.
@@ -47,10 +47,8 @@ class Page:
 
 
 @pytest.fixture(scope="session")
-def chromium(request: pytest.FixtureRequest) -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     """A running Chromium, as playwright's Browser."""
-    if "browser" not in request.config.option.markexpr:
-        pytest.skip("a browser: ask for it with -m browser")
     playwright = pytest.importorskip("playwright.sync_api")
     if why := missing(PROGRAMS, PACKAGE):
         pytest.skip(why)

@@ -45,8 +45,11 @@ def emoji(tmp_path):
     return shutil.copytree(EMBEDDED_ONNX, tmp_path / "emoji.ferro")
 
 
-def pytest_collection_modifyitems(items):
-    """What opens pages is a test of the browser."""
-    for item in items:
-        if "browse" in getattr(item, "fixturenames", ()):
-            item.add_marker("browser")
+def pytest_collection_modifyitems(items, config):
+    """What opens pages is a test of the browser, and left to its own process."""
+    pages = [item for item in items if "chromium" in getattr(item, "fixturenames", ())]
+    for item in pages:
+        item.add_marker("browser")
+    if pages and "browser" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=pages)
+        items[:] = [item for item in items if item not in pages]
