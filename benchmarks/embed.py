@@ -25,6 +25,7 @@ from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 EMBED = Path(ferrotype.__file__).parent / "embed" / "js"
 THREADS = 1  # what onnxruntime-web runs with in Node
 PICTURES = 5
+LAST = "The C library, beside Python's native engine: [embed-c.md](embed-c.md)."
 STAGES = {"text_encoder": "text encoder", "unet": "U-Net, 4 steps", "vae_decoder": "decoder"}
 PYTHON = """
 import json, sys, time
@@ -57,7 +58,7 @@ def main() -> None:
     for i in range(chosen.rounds):
         for host in HOSTS if i % 2 else reversed(HOSTS):
             found[host].append(one(host))
-    report = "\n".join([*head(chosen.rounds), *times(found), "", *sizes(), ""])
+    report = "\n".join([*head(chosen.rounds), *times(found), "", *sizes(), "", LAST, ""])
     (measure.RESULTS / "embed.md").write_text(report)
     print(report)
 

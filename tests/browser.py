@@ -28,6 +28,8 @@ PACKAGE = "chromium"
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    # WebGPU without a GPU: Chromium's own software adapter.
+    "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan",
 )  # fmt: skip
 TOO_LONG = 60_000  # milliseconds
 

@@ -7,6 +7,7 @@ import pytest
 from ferrotype.benchmarks.checkpoints import EMOJI, TINY, TINY_XL, write_checkpoint
 from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 from ferrotype.tests.browser import browse, chromium  # noqa: F401
+from ferrotype.tests.node import npm  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import shutil
-import subprocess
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -21,41 +20,20 @@ from ferrotype.bundle import BundleError, Recipe
 from ferrotype.runtime import demo, pictures, prompts, samplers, seeds
 from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX, Pipeline
 from ferrotype.runtime.tokenizer import Tokenizer
+from ferrotype.tests.node import EMBED, run
 
-EMBED = Path(ferrotype.__file__).parent / "embed" / "js"
 HOST = EMBED / "build" / "test" / "host.mjs"
 CHUNKS = 32
 
 
-def run(*command, **options):
-    done = subprocess.run(
-        command, cwd=EMBED, capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def npm():
-    """Node, what package-lock.json names, and the compiled tests."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        pytest.skip("node and npm are not installed")
-    if int(run("node", "-p", "parseInt(process.versions.node)")) < 20:
-        pytest.skip("node is older than 20")
-    done, lock = EMBED / "node_modules" / ".package-lock.json", EMBED / "package-lock.json"
-    if not done.is_file() or done.stat().st_mtime < lock.stat().st_mtime:
-        found = subprocess.run(
-            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=EMBED, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if found.returncode:
-            pytest.skip(f"npm ci does not work here: {found.stderr.strip()[-200:]}")
-        done.touch()
+def compiled(npm):
+    """The compiled tests."""
     run("node", "test/run.mjs", "--only-build")
 
 
 @pytest.fixture(scope="module")
-def ask(npm, tmp_path_factory):
+def ask(compiled, tmp_path_factory):
     """Questions to the library, as test/host.ts reads them."""
 
     def answers(**questions):
@@ -71,7 +49,7 @@ def hexed(values):
     return np.asarray(values, "<f4").tobytes().hex()
 
 
-def test_its_own_tests(npm):
+def test_its_own_tests(compiled):
     said = run("node", "--enable-source-maps", "--test", *map(str, HOST.parent.glob("*.test.mjs")))
     assert "# fail 0" in said
     assert int(said.split("# pass ")[1].split()[0]) > 15
