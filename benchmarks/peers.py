@@ -46,6 +46,7 @@ KINDS = {  # a peer's engine in the result; the others are called as they are
     "onnx": "ferrotype onnx", "native": "ferrotype native", "cpp": "stable-diffusion.cpp",
 }  # fmt: skip
 MODEL = "sd15, random"
+TAKEN = 16  # MiB that a peer may lose between its turns, before it warms up again
 ROOM = {  # by kind: GiB that must be free before it loads Stable Diffusion 1.5
     "native": 2, "onnx": 5, "openvino": 5, "torch": 8, "onnxruntime": 8, "cpp": 4,
 }  # fmt: skip
@@ -216,6 +217,11 @@ def available() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
+def resident(pid: int) -> float:
+    """MiB of a process that are in memory; 0 where the system does not tell."""
+    return measure.status(pid).get("VmRSS", 0.0)
+
+
 class Turn:
     """A peer's runner: there when it draws, and in between while nobody needs the room."""
 
@@ -224,6 +230,7 @@ class Turn:
         self.needed = scale.room * ROOM[peer.kind] * 2**30  # bytes
         self.peak = 0.0  # MiB above the process with its libraries
         self.pid: int | None = None
+        self._resident = 0.0  # MiB after its last picture
         self._scale, self._room = scale, room
         self._start: Callable[[], Worker] = partial(Worker, peer, folder, threads, scale.patience)
         self._worker: Worker | None = None
@@ -242,13 +249,25 @@ class Turn:
         return self
 
     def ready(self) -> None:
+        """Warm, as it was after its last picture.
+
+        While others draw, the system may take pages of mapped files back: reading them again is
+        the price of the company, not of the peer.
+        """
         if self._worker is None:
             self.open().picture(0)
+        elif self._worker.pid and resident(self._worker.pid) < self._resident - TAKEN:
+            self._draw(0)
 
     def picture(self, seed: int) -> Picture:
-        self.ready()
+        if self._worker is None:
+            self.ready()
+        return self._draw(seed)
+
+    def _draw(self, seed: int) -> Picture:
         assert self._worker
         found = self._worker.picture(seed)
+        self._resident = resident(self._worker.pid)
         self._room.drew(self)
         memory = self._worker.ask(memory=True)
         self.peak = max(self.peak, memory["peak"] - memory["before"])

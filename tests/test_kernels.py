@@ -176,6 +176,23 @@ def test_attention_of_int8_passes_on_what_is_not_finite(value, isa):
         assert np.array_equal(wrong, expected), name
 
 
+@pytest.mark.parametrize("isa", HERE)
+def test_attention_of_int8_takes_what_is_too_small_for_a_scale_as_zeros(isa):
+    need(isa)
+    case = table.Attention((1, 9), (1, 600), heads=2, size=8).case(
+        "small", SEED, (Type.F32, Type.I8, True)
+    )
+    c = case.op.c
+    for token in range(600):
+        at = c.offset + 4 * (token * c.pixel + 12)
+        case.arena[at : at + 4].view(np.float32)[:] = 1e-38
+    found = case.result(run(case, isa))[0]
+    assert not found[:, 12].any()
+    others = np.arange(16) != 12
+    near = np.abs(found - case.expected[0])[:, others]
+    assert (near <= case.bound[0][:, others]).all()
+
+
 @every_kind
 def test_the_number_of_threads_does_not_show_in_the_bytes(kind):
     def verdict(case):

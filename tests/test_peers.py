@@ -106,6 +106,19 @@ def test_short_memory_is_shared_in_turns(folder, output):
         turn.close()
 
 
+def test_whoever_lost_pages_to_others_warms_up_again(folder, output, monkeypatch):
+    turn = peers.Turn(PEERS[OURS], folder, SCALE, 1, peers.Room())
+    turn.ready()
+    drawn, draw = [], turn._draw
+    monkeypatch.setattr(turn, "_draw", lambda seed: drawn.append(seed) or draw(seed))
+    turn.ready()
+    assert not drawn
+    monkeypatch.setattr(peers, "TAKEN", -1e6)  # as if a terabyte were gone
+    turn.ready()
+    assert drawn == [0]
+    turn.close()
+
+
 def test_a_peer_that_does_not_answer_is_ended(folder, output):
     worker = peer_workers.Worker(PEERS[TORCH], folder, 1, patience=0.2)
     try:
