@@ -99,7 +99,7 @@ def head(rounds: int) -> list[str]:
         "",
         f"The embedded native bundle, 128x128, 4 steps. Medians of {rounds} processes of each",
         f"host in turn, {PICTURES - 1} pictures each after a first one; each loads and releases",
-        "every component.  Other programs ran beside them.",
+        "every component.",
         "",
     ]
 
