@@ -267,7 +267,7 @@ class Turn:
     def _draw(self, seed: int) -> Picture:
         assert self._worker
         found = self._worker.picture(seed)
-        self._resident = resident(self._worker.pid)
+        self._resident = resident(self._worker.pid or 0)
         self._room.drew(self)
         memory = self._worker.ask(memory=True)
         self.peak = max(self.peak, memory["peak"] - memory["before"])
