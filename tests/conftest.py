@@ -1,6 +1,7 @@
 """Bundles to try things on."""
 
 import shutil
+import signal
 
 import pytest
 
@@ -8,6 +9,10 @@ from ferrotype.benchmarks.checkpoints import EMOJI, TINY, TINY_XL, write_checkpo
 from ferrotype.runtime.pipeline import EMBEDDED_ONNX
 from ferrotype.tests.browser import browse, chromium  # noqa: F401
 from ferrotype.tests.node import npm  # noqa: F401
+
+# A shell's background job, and all that it starts, would be deaf to the interrupts of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
