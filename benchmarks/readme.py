@@ -125,10 +125,11 @@ def peers() -> str:
         "Beside other engines",
         f"Stable Diffusion 1.5 shapes at {about['size']}, {about['steps']} steps, "
         f"{about['threads']} threads of {found.machine.cpu} ({', '.join(found.machine.units)}): "
-        f"{tables.how(found)}.",
+        f"{tables.how(found)}.  native-* and onnx-* are Ferrotype's.",
         peers_table.table(found).only(*COLUMNS).markdown(),
         f"Every row again: `{found.command.replace(' --folder FOLDER', '')}`; from "
-        f"[benchmarks/results/{PEERS.stem}.md](benchmarks/results/{PEERS.stem}.md).{told}",
+        f"[benchmarks/results/{PEERS.stem}.md](benchmarks/results/{PEERS.stem}.md).{told}  "
+        f"At 512x512 in bf16: {Results('native.md').link}.",
     )
 
 
@@ -145,7 +146,7 @@ def budgets() -> str:
     head = ("budget", "predicted peak", "measured", "time, to that without a budget")
     return _part(
         "Within a budget",
-        "The same model, 4 steps, above the interpreter's own "
+        "Stable Diffusion 1.5 shapes at 512x512, 4 steps, above the interpreter's own "
         f"{table.named('none')['process before']} MiB.",
         tables.Table(head, tuple(rows)).markdown(),
         f"SDXL shapes at 1024x1024 draw in 512 MiB: {large['predicted']} predicted, "
