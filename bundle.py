@@ -48,6 +48,7 @@ OUTPUTS = {
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+OPTIONAL = {"optional": True}  # a field that came later: written only if it says something
 
 
 class BundleError(FerrotypeError):
@@ -104,6 +105,7 @@ class Component:
 
     `parts` are those below `path` that run one after the other, where a network was cut.
     `memory` is what a device needs to run it, by device, as its compiler reported it.
+    `activations` is what it computes in, if not what the manifest says of all.
     """
 
     path: str
@@ -112,6 +114,7 @@ class Component:
     outputs: dict[str, Tensor]
     parts: tuple[str, ...] = ()
     memory: dict[str, Memory] = field(default_factory=dict)
+    activations: str = field(default="", metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         _plain_path(self.path)
@@ -194,6 +197,10 @@ class Recipe:
     eta: float = 0.0  # DDIM's eta, TCD's gamma: the share of noise put back at each step
     timesteps: tuple[float, ...] = ()  # these and no spacing, where a model was distilled on them
     zero_negative: bool = False  # an empty negative prompt means zeros, not the states of ""
+    # What a model was distilled for; the manifest leaves these out where they say nothing.
+    name: str = field(default="", metadata=OPTIONAL)  # in runtime.recipes.FAMILIES
+    allowed_steps: tuple[int, ...] = field(default=(), metadata=OPTIONAL)  # none: any
+    guidance_range: tuple[float, float] | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         _require(1 <= self.steps <= 1000, f"steps is {self.steps}, not in 1..1000")
@@ -208,6 +215,11 @@ class Recipe:
             0 < self.beta_start < 1 and 0 < self.beta_end < 1,
             f"beta_start {self.beta_start} and beta_end {self.beta_end} must lie between 0 and 1",
         )
+        for steps in self.allowed_steps:
+            _require(1 <= steps <= 1000, f"allowed_steps has {steps}, not in 1..1000")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            _require(0 <= low <= high, f"guidance_range {low} to {high} does not rise from 0")
 
 
 @dataclass(frozen=True)
@@ -288,6 +300,10 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.components)
             raise BundleError(f"{self.folder} has no {name}: it holds {have}") from None
+
+    def activations(self, name: str) -> str:
+        """What the component of that name computes in."""
+        return self.component(name).activations or self.manifest.precision.activations
 
 
 def states_of(outputs: Iterable[str]) -> str:
@@ -531,7 +547,17 @@ def _cannot_write(out: Path, error: OSError) -> BundleError:
 
 def dumps(manifest: Manifest) -> str:
     """The manifest's text: JSON in a fixed order, so that equal bundles are equal bytes."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+    return json.dumps(_plain(manifest), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Objects and lists for JSON, without the OPTIONAL fields that have their default."""
+    if dataclasses.is_dataclass(value):
+        given = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(v) for f, v in given if f.metadata != OPTIONAL or v != f.default}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def list_files(folder: Path) -> dict[str, File]:
@@ -626,7 +652,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
+        return read_fields(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _read_union(args, value, where)
@@ -652,7 +678,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+def read_fields(kind: Any, value: Any, where: str) -> Any:
+    """Parsed JSON as a dataclass, field by field of the types it is annotated with.
+
+    TypeError or ValueError names place and finding; so does a ValueError of its __post_init__.
+    """
     _expect(dict, value, where)
     hints = _hints(kind)
     dot = f"{where}." if where else ""
@@ -702,7 +732,8 @@ def _printable(text: str, limit: int) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
-        _require(key not in result, f"an object names the key {_short(key)} twice")
+        if key in result:
+            raise ValueError(f"an object names the key {_short(key)} twice")
         result[key] = value
     return result
 

@@ -143,13 +143,17 @@ def check(name: str, found: float, floor: float, hint: str = "") -> None:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Plain numbers, rounded to what means something, for the manifest."""
     flat = asdict(comparison)
-    counts = flat.pop("census")
+    del flat["census"]
     digits = {"psnr": 2, "cosine": 9}
     flat = {k: round(v, digits[k]) if k in digits else float(f"{v:.3g}") for k, v in flat.items()}
-    headroom = float(f"{comparison.census.fp16_headroom:.3g}")
+    return {**flat, **census_as_json(comparison.census)}
+
+
+def census_as_json(counts: Census) -> dict[str, Any]:
+    """Plain numbers for the manifest."""
     return {
-        **flat,
-        **counts,
-        "max_abs": float(f"{counts['max_abs']:.4g}"),
-        "fp16_headroom": headroom,
+        "nan": counts.nan,
+        "inf": counts.inf,
+        "max_abs": float(f"{counts.max_abs:.4g}"),
+        "fp16_headroom": float(f"{counts.fp16_headroom:.3g}"),
     }

@@ -1,7 +1,9 @@
-"""Random checkpoints of an exact architecture, in diffusers layout: for benchmarks and tests.
+"""Random checkpoints of an exact architecture, as a folder or one file: for benchmarks and tests.
 
 Latency and memory do not depend on the values.  Weights are drawn one tensor at a time, scaled so
-that signals keep their size.
+that signals keep their size; the folder and the file of one family have the same.
+
+    python -m ferrotype.benchmarks.checkpoints sd15|sdxl FILE.safetensors   # 2 GB, 7 GB
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ferrotype.convert import names
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +117,55 @@ TINY_XL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# For single files: what these do not tell, heads and the groups of norms, is as published.
+_SMALL_TEXT = TINY["text_encoder"] | {"hidden_size": 64, "num_attention_heads": 1}
+_SMALL_VAE = TINY["vae"] | {"block_out_channels": [32, 32, 64, 64], "norm_num_groups": 32}
+_SMALL_UNET = TINY["unet"] | {
+    "cross_attention_dim": 64, "attention_head_dim": 8, "norm_num_groups": 32,
+    "block_out_channels": [32, 64],
+}  # fmt: skip
+_SMALL_TEXT_2 = _SMALL_TEXT | {
+    "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 96,
+}  # fmt: skip
+SMALL: dict[str, dict[str, dict[str, Any]]] = {
+    "sd1": TINY | {"text_encoder": _SMALL_TEXT, "unet": _SMALL_UNET, "vae": _SMALL_VAE},
+    "sd2": TINY_SD2 | {
+        "text_encoder": _SMALL_TEXT | {"hidden_act": "gelu"},
+        "unet": _SMALL_UNET | {"use_linear_projection": True, "attention_head_dim": [1, 1]},
+        "vae": _SMALL_VAE,
+    },
+    "sdxl": TINY_XL | {
+        "text_encoder": _SMALL_TEXT, "text_encoder_2": _SMALL_TEXT_2,
+        "unet": TINY_XL["unet"] | {
+            "cross_attention_dim": 192, "attention_head_dim": [1, 1], "norm_num_groups": 32,
+            "block_out_channels": [32, 64], "projection_class_embeddings_input_dim": 144,
+        },
+        "vae": _SMALL_VAE | {"scaling_factor": 0.13025},
+    },
+}  # fmt: skip
+SMALL |= {
+    "ssd-1b": SMALL["sdxl"] | {  # fewer layers, and no attention in the middle
+        "unet": SMALL["sdxl"]["unet"] | {
+            "block_out_channels": [32, 64, 128], "attention_head_dim": [1, 1, 2],
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "layers_per_block": 2, "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2], [3, 3]],
+            "reverse_transformer_layers_per_block": [[3, 3, 4], [2, 1, 1], 1],
+        },
+    },
+    "bk-sdm": SMALL["sd1"] | {  # no middle at all
+        "unet": _SMALL_UNET | {
+            "mid_block_type": None,
+            "block_out_channels": [32, 32, 64],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+        },
+    },
+    "lcm": SMALL["sd1"] | {"unet": _SMALL_UNET | {"time_cond_proj_dim": 16}},
+}  # fmt: skip
+
+
 def write_checkpoint(
     folder: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype | None = None
 ) -> Path:
@@ -164,6 +219,90 @@ def write_checkpoint(
     return folder
 
 
+def write_single(
+    path: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype | None = None
+) -> Path:
+    """Write the same checkpoint as one file in the original naming, tensor by tensor.
+
+    Whether a text encoder is CLIP's or OpenCLIP's is told by its activation.
+    """
+    import torch
+
+    dtype = dtype or torch.float16
+    rows = list(_single_rows(configs))
+    header: dict[str, Any] = {}
+    position = 0
+    for _, original, whole, _, _, _ in rows:
+        if original not in header:
+            end = position + math.prod(whole) * dtype.itemsize
+            name = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+            header[original] = {
+                "dtype": name, "shape": list(whole), "data_offsets": [position, end]
+            }  # fmt: skip
+            position = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    torch.manual_seed(0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for bare, original, _, place, turned, shape in rows:
+            values = _draw(bare, shape).to(dtype)
+            values = (values.T if turned else values).contiguous()
+            start = header[original]["data_offsets"][0] + (place or 0) * values.nbytes
+            file.seek(8 + len(text) + start)
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+    return path
+
+
+Row = tuple[str, str, tuple[int, ...], "int | None", bool, "torch.Size"]
+
+
+def _single_rows(configs: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    """Every tensor in the order in which it is drawn.
+
+    What it is drawn by, its name in the file and the shape there, its third of that, whether it is
+    turned, its own shape.
+    """
+    xl = "text_encoder_2" in configs
+    for component, (kind, _) in KINDS.items():
+        if component not in configs:
+            continue
+        module = _on_meta(kind, configs[component])
+        prefix, table = _original(component, configs[component], xl)
+        fused = {n: (o, i) for o, new in table.items() for n, i in names.parts(new)}
+        inverse = {n: o for n, (o, _) in fused.items()}
+        for name, tensor in module.state_dict().items():
+            full = name
+            if component == "text_encoder":
+                name = name.removeprefix("text_model.")
+                full = f"text_model.{name}"
+            original = names.rename(inverse, full)
+            assert original is not None, full
+            place = fused[full][1] if full in fused else None
+            turned = original == "text_projection"
+            whole = tuple(tensor.shape)
+            if place is not None:
+                whole = (len(names.FUSED) * whole[0], *whole[1:])
+            elif turned:
+                whole = whole[::-1]
+            elif component == "vae" and ".attentions." in full and len(whole) == 2:
+                whole = (*whole, 1, 1)
+            yield name, prefix + original, whole, place, turned, tensor.shape
+
+
+def _original(component: str, config: dict[str, Any], xl: bool) -> tuple[str, names.Table]:
+    """What the original names begin with, and their table."""
+    if component == "unet":
+        return "model.diffusion_model.", names.unet({"layers_per_block": 2, **config})
+    if component == "vae":
+        return "first_stage_model.", names.vae(config)
+    place = {"text_encoder": 0, "text_encoder_2": 1}[component]
+    prefix = f"conditioner.embedders.{place}." if xl else "cond_stage_model."
+    if config["hidden_act"] == "gelu":
+        return f"{prefix}model.", names.open_clip(config["num_hidden_layers"])
+    return f"{prefix}transformer.", {"text_model": "text_model"}
+
+
 KINDS = {
     "text_encoder": ("CLIPTextModel", "model"),
     "text_encoder_2": ("CLIPTextModelWithProjection", "model"),
@@ -209,3 +348,8 @@ def _draw(name: str, shape: torch.Size) -> torch.Tensor:
     if len(shape) == 1:  # the scale of a norm
         return torch.ones(shape)
     return torch.randn(shape) / math.sqrt(math.prod(shape[1:]))
+
+
+if __name__ == "__main__":
+    family, target = sys.argv[1:]
+    print(write_single(Path(target), {"sd15": SD15, "sdxl": SDXL}[family]))

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ferrotype.runtime.bench import machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -61,30 +62,18 @@ def status(pid: int | str = "self") -> dict[str, float]:
 
 def describe(*packages: str) -> str:
     """Machine, threads, commit and versions, for the top of a result."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    versions = ", ".join(f"{p} {_version(p)}" for p in ("numpy", "onnxruntime", *packages))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(
+        f"{p} {machine.package_version(p) or 'missing'}" for p in (*machine.PACKAGES, *packages)
+    )
+    memory = (machine.memory_bytes() or 0) / 2**30
     return (
         f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB; {platform.system()} "
         f"{platform.machine()}, Python {platform.python_version()}; {versions}; "
-        f"commit {commit or 'unknown'}"
+        f"commit {machine.commit() or 'unknown'}"
     )
 
 
 def _cpu() -> str:
     """The processor's kind and its vector units, as the kernel lists them."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    units = [u for u in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if u in flags]
-    name = next((line.split(": ")[1] for line in text.splitlines() if "model name" in line), "CPU")
-    return f"{name} ({', '.join(units) or platform.machine()})"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+    found = machine.describe()
+    return f"{found.cpu} ({', '.join(found.units) or platform.machine()})"

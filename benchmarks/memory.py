@@ -15,7 +15,6 @@ bundle of the same model is measured if it is there: sd15-onnx.ferro, and sd15-o
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import resource
@@ -30,6 +29,7 @@ from typing import Any
 
 from ferrotype.benchmarks import measure
 from ferrotype.runtime import memory, plan
+from ferrotype.runtime.bench.worker import settle
 from ferrotype.runtime.memory import GIB, MIB, format_bytes
 from ferrotype.runtime.pipeline import Pipeline
 
@@ -232,7 +232,7 @@ def ask(case: Case, bundle: Path, budget: int | None, chosen: argparse.Namespace
 def work(chosen: argparse.Namespace) -> dict[str, Any]:
     """Draw in a budget; what was predicted and measured, above the process as it was before."""
     width, height = map(int, chosen.size.split("x"))
-    warm_up()
+    settle()
     memory.reset_peak()
     before = resident()
     try:
@@ -264,18 +264,6 @@ def resident() -> int:
 
 def peak() -> int:
     return int(measure.status()["VmHWM"] * MIB)
-
-
-def warm_up() -> None:
-    """What any program with this runtime has in memory: its libraries."""
-    import PIL.PngImagePlugin  # noqa: F401
-    import tokenizers  # noqa: F401
-
-    from ferrotype import kernels
-
-    kernels.available() and kernels.isas()
-    gc.collect()
-    memory.trim()
 
 
 def limit_anonymous(made: plan.Plan) -> None:

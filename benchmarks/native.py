@@ -26,11 +26,11 @@ from ferrotype.benchmarks.peer_workers import (
     COMPONENTS,
     PEERS,
     Peer,
-    PeerError,
     Size,
     Worker,
     prepare,
 )
+from ferrotype.runtime.bench.protocol import RunnerError
 
 STEPS = 4  # of a picture
 USUAL = ("openvino-bf16", "native-bf16", "torch-bf16")  # the one to beat, ours, others
@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--onnxruntime",
         action="store_true",
-        help="also onnxruntime-fp32; its bundle takes 8 minutes",
+        help="also onnxruntime-fp32; its graphs take some minutes",
     )
     add("--rounds", type=int, default=7, help="default: %(default)s, and one to warm up")
     add("--threads", type=int, default=2, help="default: %(default)s")
@@ -220,7 +220,7 @@ def draw(worker: Worker, size: Size) -> Picture:
             run_stage(worker, component)
     seconds = time.perf_counter() - start
     load, compile = (sum(each[key] for each in loads) for key in ("seconds", "compile_seconds"))
-    return Picture(load, compile, seconds, worker.ask(peak=True))
+    return Picture(load, compile, seconds, worker.ask(memory=True)["peak"])
 
 
 def run_stage(worker: Worker, component: str) -> None:
@@ -306,5 +306,5 @@ def judge(figures: dict[str, Figures], isa: str | None) -> tuple[list[str], list
 if __name__ == "__main__":
     try:
         main()
-    except PeerError as error:
+    except RunnerError as error:
         sys.exit(str(error))

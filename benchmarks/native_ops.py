@@ -26,6 +26,7 @@ from ferrotype.benchmarks import measure
 from ferrotype.benchmarks.peer_workers import COMPONENTS, PEERS, Size, bundle, inputs, prepare
 from ferrotype.bundle import load
 from ferrotype.kernels import Kind, Op, Type
+from ferrotype.runtime.bench.ops import flop, moved, name
 from ferrotype.runtime.engines import Arrays
 from ferrotype.runtime.engines.native import NativeEngine
 
@@ -81,7 +82,7 @@ def head(rounds: int) -> list[str]:
 
 def ready(folder: Path, component: str, size: Size, threads: int) -> Ready:
     """The component of our bundle with random inputs."""
-    engine = NativeEngine(load(bundle(folder, "native", "bf16")), component, threads)
+    engine = NativeEngine(load(bundle(folder, "bf16")), component, threads)
     feed = inputs(component, size)
     plan = engine.layout({name: array.shape for name, array in feed.items()})
     return Ready(engine, feed, list(plan.ops), plan.arena_bytes)
@@ -126,43 +127,6 @@ def op_table(folder: Path, component: str, rounds: int) -> list[str]:
 def ceiling(threads: int) -> float:
     """GFLOP/s of bf16 products without memory."""
     return kernels.ceiling(kernels.isas()[0], Type.BF16, threads) / 1e9
-
-
-def name(op: Op) -> str:
-    """Kind and shape."""
-    match Kind(op.kind):
-        case Kind.MATMUL if op.side == 1:
-            what = "linear, GEGLU" if op.geglu else "linear"
-            inputs = f"{op.a.c}+{op.b.c}" if op.b.h else f"{op.a.c}"
-            return f"{what} {op.out.h * op.out.w} x {inputs} -> {op.out.c}"
-        case Kind.MATMUL:
-            how = ", doubled before" if op.upsample else ", stride 2" if op.stride == 2 else ""
-            return f"conv 3x3{how} {op.out.w}x{op.out.h} {op.a.c} -> {op.out.c}"
-        case Kind.ATTENTION:
-            tokens = f"{op.a.h * op.a.w} x {op.b.h * op.b.w}"
-            return f"attention {tokens}, {op.heads} heads of {op.size}"
-        case kind:
-            return f"{kind.name.lower().replace('_', ' ')} {op.out.w}x{op.out.h}, {op.out.c}"
-
-
-def flop(op: Op) -> float:
-    """Of the direct method; norms and the like count as none."""
-    pixels = op.out.h * op.out.w
-    if op.kind == Kind.MATMUL:
-        outputs = op.out.c * (2 if op.geglu else 1)
-        return 2.0 * pixels * outputs * (op.a.c + op.b.c) * op.side**2
-    if op.kind == Kind.ATTENTION:
-        return 4.0 * pixels * op.b.h * op.b.w * op.a.c
-    return 0.0
-
-
-def moved(op: Op) -> float:
-    """Bytes that are read and written at least."""
-    tensors = (op.out, op.a, op.b, op.c)
-    size = sum(t.h * t.w * t.c * Type(t.type).bytes for t in tensors)
-    if op.kind == Kind.EMBEDDING:  # a row of the table for each token, not the table
-        return 2.0 * size
-    return float(size + (kernels.weight_bytes(op) if op.weight != kernels.NO_WEIGHT else 0))
 
 
 def reason(op: Op) -> str:

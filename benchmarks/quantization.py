@@ -30,7 +30,7 @@ from ferrotype import bundle as bundles
 from ferrotype import parity
 from ferrotype.benchmarks import measure
 from ferrotype.benchmarks.checkpoints import EMOJI
-from ferrotype.benchmarks.peer_workers import environment
+from ferrotype.benchmarks.peer_workers import ENVIRONMENTS, environment
 from ferrotype.bundle import Bundle
 from ferrotype.quantize import mixed, native
 from ferrotype.quantize.apply import quantize_bundle
@@ -353,7 +353,7 @@ def measure_nncf(bundle: Bundle, original: Sequence[np.ndarray], folder: Path) -
     worker = Path(__file__).with_name("nncf_worker.py")
     rows = []
     try:
-        python = environment(folder, "nncf", (NNCF,))
+        python = environment(folder, "nncf", ENVIRONMENTS["nncf"])
     except subprocess.CalledProcessError as error:
         return [Row(f"NNCF: cannot be installed, {error}", "", 0, [0.0])]
     for way, (name, bits) in ways.items():

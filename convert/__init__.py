@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..bundle import Precision
 from ..quantize.recipe import UNQUANTIZED, Recipe
-from .checkpoint import ConvertError, OptionError
-from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
+from .checkpoint import ConvertError, OptionError, is_exported, open_exported
+from .options import CoremlOptions, NativeOptions, OptimumOptions, Options, Request, TensorrtOptions
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from .checkpoint import Checkpoint
 
 __all__ = [
     "TARGETS",
@@ -39,6 +42,7 @@ TARGETS = {
     "coreml": ("fp16", "fp16"),
     "tensorrt": ("fp16", "fp16"),
 }
+CHECKS = ("diffusers", "engine")
 # Weights and activations that the native engine has kernels for.
 NATIVE = (
     ("bf16", "bf16"),
@@ -56,7 +60,7 @@ FORMS = {  # what each can, for the message
 
 
 def convert(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
     target: str = "onnx",
     weights: str | Recipe | None = None,
@@ -67,36 +71,124 @@ def convert(
     licence: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    recipe: str | None = None,
+    clip_skip: int = 0,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    original: str | os.PathLike | None = None,
+    check: str | None = None,
+    written: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bundle:
-    """Convert a checkpoint folder to a bundle at `out`, which exists only once it was compared.
+    """Convert a checkpoint to a bundle at `out`, which exists only once it was compared.
+
+    It is a folder in the diffusers layout, a single file, or what `open_checkpoint` returned.
 
     `weights` is a form by name, as docs/quantize.md lists, or a recipe; `activations` is what the
     networks compute in, fp16 or fp32, or natively bf16 or int8.  `sizes`, (width, height)
     each, are the only ones that can be drawn, the first by default; without any, ONNX takes every
     multiple of 8, native every one that the U-Net halves evenly, and the others the checkpoint's
-    own.  `options` are the target's.  `name` and `licence` are those of the checkpoint's folder and
-    model card if not given.  `progress` is told the name of every stage as it begins, `stages()` in
-    all.
+    own.  `options` are the target's.  `recipe` says how a few-step model is sampled, by a name of
+    docs/samplers.md; by default what the checkpoint shows.  `clip_skip` last layers of every text
+    encoder are left out, counted as diffusers does.  `name` and `licence` are those of the
+    checkpoint's folder and model card if not given.  `progress` is told the name of every stage as
+    it begins, `stages()` in all.  `loras` are files and how much each counts, merged in that order;
+    `embeddings` are files of textual inversion and their tokens, None for the file's own.  A folder
+    that Optimum exported becomes an ONNX bundle of its graphs, compared with the checkpoint
+    `original` if that is given.  `check` says what the result is compared with: "diffusers", or for
+    the native target "engine", our own engine on the checkpoint's unrounded weights, which needs no
+    torch and little memory; by default diffusers where it is installed.  `written` is told how many
+    bytes of a native component are written, of how many.
     Raises ConvertError for a checkpoint or an option that does not work, ParityError for a result
     below its floor, BundleError if `out` cannot be written; nothing is left behind then.
     """
     if target not in TARGETS:
         raise ConvertError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    recipe, precision = _precision(target, weights, activations)
-    options = _options(target, options)
-    try:
-        from .build import build
-    except ModuleNotFoundError as error:
-        raise ConvertError(
-            f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
-        ) from None
     every = tuple((width, height) for width, height in sizes)
-    return build(checkpoint, out, options, recipe, precision, every, name, licence, force, progress)
+    if isinstance(checkpoint, str | os.PathLike) and is_exported(Path(checkpoint)):
+        if target != "onnx" or weights is not None or activations is not None:
+            raise OptionError(
+                f"{checkpoint} holds graphs that Optimum exported: they become an ONNX bundle as "
+                "they are; for another target or precision convert the checkpoint itself"
+            )
+        if recipe or clip_skip or loras or embeddings:
+            raise OptionError(
+                f"{checkpoint} holds graphs that Optimum exported: a recipe, clip skip, LoRA and "
+                "embeddings are for checkpoints"
+            )
+        return _import(checkpoint, out, every, name, licence, force, progress, original)
+    if original is not None:
+        raise OptionError(f"an original is for folders that Optimum exported, {checkpoint} is none")
+    stored, precision = _precision(target, weights, activations)
+    asked = Request(_options(target, options), stored, precision, every, recipe, progress, written)
+    try:
+        if checked_with(target, check) == "engine":
+            from .streamed import build
+        else:
+            from .build import build
+    except ModuleNotFoundError as error:
+        raise _needs(error) from None
+    return build(checkpoint, out, asked, name, licence, force, clip_skip, loras, embeddings)
 
 
-def stages(encoders: int = 1) -> int:
-    """How many stages `progress` is told of, for a checkpoint with so many text encoders."""
-    return 10 + 3 * encoders
+def checked_with(target: str, check: str | None = None) -> str:
+    """What a conversion is compared with, diffusers or engine; raises OptionError."""
+    if check not in (None, *CHECKS):
+        raise OptionError(f"check {check!r} is not one of {', '.join(CHECKS)}")
+    if target != "native":
+        if check == "engine":
+            raise OptionError(f"--check engine is for the native target, not for {target}")
+        return "diffusers"
+    if check is None:
+        there = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+        return "diffusers" if there else "engine"
+    return check
+
+
+def _import(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    sizes: tuple[tuple[int, int], ...],
+    name: str | None,
+    licence: str | None,
+    force: bool,
+    progress: Callable[[str], None],
+    original: str | os.PathLike | None,
+) -> Bundle:
+    """A bundle of graphs that Optimum exported, compared with the original if it is there."""
+    try:
+        from . import optimum
+
+        if original is not None:
+            from .build import build
+    except ModuleNotFoundError as error:
+        raise _needs(error) from None
+    exported = open_exported(Path(folder))
+    if original is None:
+        exported = dataclasses.replace(
+            exported, name=name or exported.name, license=licence or exported.license
+        )
+        return optimum.build(exported, out, sizes, force, progress)
+    graphs = optimum.inspect(exported)
+    precision, sizes = optimum.precision_of(graphs), optimum.fixed_sizes(exported, graphs, sizes)
+    options, recipe = OptimumOptions(graphs), Recipe.uniform("fp32")  # which nothing reads
+    asked = Request(options, recipe, precision, sizes, progress=progress)
+    return build(original, out, asked, name, licence, force)
+
+
+def _needs(error: ModuleNotFoundError) -> ConvertError:
+    return ConvertError(
+        f"converting needs {error.name}: install the extra, pip install '.[convert]' in a clone"
+    )
+
+
+def stages(encoders: int = 1, exported: bool = False, check: str = "diffusers") -> int:
+    """How many stages `progress` is told of, for a checkpoint with so many text encoders.
+
+    `exported`: for a folder of Optimum's that is not compared.  `check` as `checked_with` returns.
+    """
+    if exported:
+        return 6 + encoders
+    return 12 + 3 * encoders if check == "engine" else 10 + 3 * encoders
 
 
 def _precision(

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,138 +16,77 @@ import numpy as np
 
 from .. import bundle as bundles
 from .. import parity
-from .._version import __version__
-from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest, Precision, Sizes, Source
-from ..quantize.recipe import Recipe as Weights
+from ..bundle import TEXT_ENCODERS, Bundle, Component, Manifest
 from ..runtime import check as checks
 from ..runtime.engines import onnx_memory
 from ..runtime.pipeline import Pipeline
 from ..runtime.tokenizer import Tokenizer
-from . import modules, recipe, reference, tokenizer
-from .checkpoint import Checkpoint, ConvertError, open_checkpoint, source_hash
-from .modules import NORM_INPUT
-from .options import CoremlOptions, NativeOptions, Options, TensorrtOptions
-from .reference import PROMPT, SEED, Reference, Run
-from .targets import (
-    Census,
-    CoremlTarget,
-    NativeTarget,
-    OnnxTarget,
-    Target,
-    Task,
-    TensorrtTarget,
-    floors,
-)
+from . import modules, reference, tokenizer
+from .checkpoint import Checkpoint, ConvertError
+from .job import VAE_PARTS, Job, prepared
+from .options import OptimumOptions, Request
+from .probes import MAX_STEPS, NORM_INPUT, PROMPT, SEED
+from .reference import Reference, Run
+from .targets import Census, OnnxTarget
 
-Progress = Callable[[str], None]
-Size = tuple[int, int]
-VAE_PARTS = ("vae_decoder", "vae_encoder")
 WORST_LAYERS = 3  # of a component's census, named in the report
 
 
 def build(
-    folder: str | os.PathLike,
+    source: str | os.PathLike | Checkpoint,
     out: str | os.PathLike,
-    options: Options | None,
-    weights: Weights,
-    precision: Precision,
-    sizes: tuple[Size, ...],
+    asked: Request,
     name: str | None,
     licence: str | None,
     force: bool,
-    progress: Progress,
+    clip_skip: int = 0,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Bundle:
-    """Convert a checkpoint to a bundle; see `ferrotype.convert`.  Without options, to ONNX."""
+    """Convert a checkpoint to a bundle, compared with diffusers; see `ferrotype.convert`."""
     modules.return_freed_memory()
     with modules.quiet(), bundles.staging(out, force) as staged:
-        checkpoint = open_checkpoint(Path(folder))
-        checkpoint = dataclasses.replace(
-            checkpoint, name=name or checkpoint.name, license=licence or checkpoint.license
-        )
-        job = _Job(checkpoint, staged, options, weights, precision, sizes, progress)
+        checkpoint = prepared(source, name, licence, clip_skip, loras, embeddings)
+        job = _Job(checkpoint, staged, asked)
         bundle = Bundle(staged, job.manifest())
         report = job.check(bundle)
         components = job.measured(bundle)
         job.write_check()
-        progress("hash")
+        asked.progress("hash")
         manifest = dataclasses.replace(bundle.manifest, components=components, parity=report)
         return bundles.save(staged, out, manifest, force)
 
 
-class _Job:
-    """The state of one conversion: what was recorded so far, and where the files go."""
+class _Job(Job):
+    """A conversion that diffusers, in fp32, is the original of."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        staged: Path,
-        options: Options | None,
-        weights: Weights,
-        precision: Precision,
-        sizes: tuple[Size, ...],
-        progress: Progress,
-    ) -> None:
-        self.floors = floors(weights, precision)
-        try:
-            self.sizes = _sizes(checkpoint, sizes, options)
-        except ValueError as error:
-            raise ConvertError(str(error)) from None
-        self.checkpoint, self.staged, self.precision = checkpoint, staged, precision
-        self.progress = progress
-        self.recipe, self.notes = recipe.from_checkpoint(checkpoint)
-        scale = checkpoint.vae_scale
-        latents = tuple((w // scale, h // scale) for w, h in self.sizes.allowed or ())
-        guided = self.recipe.guidance not in (0, 1)
-        width, height = self.sizes.default
-        default = (width // scale, height // scale)
-        task = Task(checkpoint, precision, weights, latents or None, guided, default)
-        self.target = _target(options, task)
-        shortened = dataclasses.replace(
-            self.recipe, steps=min(self.recipe.steps, reference.MAX_STEPS)
-        )
-        others = tuple(size for size in sizes if size != self.sizes.default)
+    def __init__(self, checkpoint: Checkpoint, staged: Path, asked: Request) -> None:
+        super().__init__(checkpoint, staged, asked)
+        shortened = dataclasses.replace(self.recipe, steps=min(self.recipe.steps, MAX_STEPS))
+        others = tuple(size for size in asked.sizes if size != self.sizes.default)
         self.reference = Reference(shortened, self.sizes.default, others)
 
     # --- recording and exporting ----------------------------------------------------------------
 
     def manifest(self) -> Manifest:
         """Record and export every component into the staged folder."""
-        self.encoders = [name for name in TEXT_ENCODERS if name in self.checkpoint.configs]
-        self.tokens = {
-            TEXT_ENCODERS[name]: tokenizer.write_tokenizer(self.checkpoint, self.staged, name)
-            for name in self.encoders
-        }
+        self.tokens = self.write_tokenizers()
         components = {
             **{name: self._text_encoder(name) for name in self.encoders},
             "unet": self._unet(),
             **self._vae(),
         }
-        self._copy_ecosystem_files()
-        return Manifest(
-            format=bundles.FORMAT,
-            tool=f"ferrotype {__version__}",
-            model=self.checkpoint.name,
-            family=self.checkpoint.family,
-            target=self.target.name,
-            licence=self.checkpoint.license,
-            source=Source(self.checkpoint.folder.resolve().name, source_hash(self.checkpoint)),
-            precision=self.precision,
-            sizes=self.sizes,
-            recipe=self.recipe,
-            preview=tuple(map(_three_digits, self.reference.preview)),
-            tokenizers=self.tokens,
-            components=components,
-            parity={},
-            options=self.target.options(),
+        return self.assemble(
+            self.tokens, components, tuple(map(_three_digits, self.reference.preview))
         )
 
     def _text_encoder(self, name: str) -> Component:
         self.progress(f"record {name}")
         module = getattr(modules, name)(self.checkpoint)
         kind = TEXT_ENCODERS[name]
-        source = tokenizer.original(self.checkpoint.tokenizers[kind])
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
-        tokens = [tokenizer.original_ids(source, p, self.tokens[kind].max_length) for p in prompts]
+        source = tokenizer.theirs(self.checkpoint, kind)
+        length = self.tokens[kind].max_length
+        tokens = [tokenizer.original_ids(source, prompt, length) for prompt in self.prompts]
         with modules.census(module) as census:
             self.reference.runs[name] = reference.record_text(module, tokens)
         return self._export(name, module, census)
@@ -187,13 +124,10 @@ class _Job:
         self.reference.census[name] = census
         self.progress(f"export {name}")
         component = self.target.export(
-            name, module, self._config(name), self.staged / name, half, census
+            name, module, self.config(name), self.staged / name, half, census
         )
         gc.collect()
         return component
-
-    def _config(self, name: str) -> dict[str, Any]:
-        return self.checkpoint.configs["vae" if name in VAE_PARTS else name]
 
     def _check_census(self, name: str, census: Census) -> bool:
         """Whether the component can compute in fp16, if it should; refuses what is broken."""
@@ -203,26 +137,16 @@ class _Job:
                     f"the original returns {nan} NaN and {inf} Inf in {name}, layer {layer}: "
                     "the checkpoint is damaged"
                 )
-        if self.precision.activations != "fp16":  # bf16 reaches as far as fp32
-            return False
+        if self.precision.activations != "fp16" or isinstance(self.options, OptimumOptions):
+            return False  # bf16 reaches as far as fp32, and what a graph computes in is decided
         layer, (largest, _, _) = max(census.items(), key=lambda item: item[1][0])
+        problem = f"layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
         if largest < parity.FP16_MAX:
-            return True
-        problem = f"{name}: layer {layer} reaches {largest:.3g}, fp16 ends at {parity.FP16_MAX:.0f}"
-        if not self.target.overflow_is_kept_in_fp32:
-            raise ConvertError(f"{problem}: use --activations fp32")
-        self.notes.append(f"{problem}: this component is kept in fp32")
+            if not self.upcast(name):
+                return True
+            problem = "its configuration says that fp16 overflows (force_upcast)"
+        self.notes.append(f"{name}: {problem}: this component is kept in fp32")
         return False
-
-    def _copy_ecosystem_files(self) -> None:
-        """What other tools look for beside the component folders."""
-        shutil.copyfile(
-            self.checkpoint.folder / "model_index.json", self.staged / "model_index.json"
-        )
-        scheduler = self.staged / "scheduler"
-        scheduler.mkdir()
-        text = json.dumps(self.checkpoint.scheduler, indent=2, sort_keys=True)
-        (scheduler / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
 
     # --- checking -------------------------------------------------------------------------------
 
@@ -235,6 +159,7 @@ class _Job:
         components = {name: self._check_component(bundle, name) for name in self.reference.runs}
         recipe = self.reference.recipe
         return {
+            "original": "diffusers",
             "floors": self.floors,
             "components": components,
             "picture": {
@@ -248,6 +173,7 @@ class _Job:
             },
             "census": {name: _worst(census) for name, census in self.reference.census.items()},
             **self.target.report(),
+            **self.merged(),
             "notes": self.notes,
         }
 
@@ -270,10 +196,9 @@ class _Job:
         checks.save(self.staged, runs, self.reference.picture)
 
     def _check_tokenizer(self, bundle: Bundle) -> None:
-        prompts = (PROMPT, *reference.OTHER_PROMPTS)
         for name in self.encoders:
             encode = Tokenizer(bundle, TEXT_ENCODERS[name])
-            for prompt, run in zip(prompts, self.reference.runs[name], strict=True):
+            for prompt, run in zip(self.prompts, self.reference.runs[name], strict=True):
                 if not np.array_equal(encode(prompt).ids, run.inputs["input_ids"]):
                     raise ConvertError(
                         f"{TEXT_ENCODERS[name]}.json encodes {prompt!r} unlike transformers' "
@@ -302,46 +227,13 @@ class _Job:
     def _check_picture(self, bundle: Bundle) -> dict[str, float]:
         self.progress("check the picture")
         pipe = Pipeline(bundle, opener=self.target.open)
-        *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps)
+        # As many as were recorded, even if the recipe has more.
+        *_, last = pipe.steps(PROMPT, seed=SEED, steps=self.reference.recipe.steps, force=True)
         picture = pipe.decode_array(last.latents)
         found = parity.psnr(self.reference.picture, picture, peak=1.0)
         parity.check("the picture", found, self.floors["picture"])
         difference = float(np.abs(picture - self.reference.picture).max())
         return {"psnr": round(found, 2), "max_error": float(f"{difference:.3g}")}
-
-
-def _target(options: Options | None, task: Task) -> Target:
-    match options:
-        case CoremlOptions():
-            return CoremlTarget(task, options)
-        case TensorrtOptions():
-            return TensorrtTarget(task, options)
-        case NativeOptions():
-            return NativeTarget(task, options)
-        case _:
-            return OnnxTarget(task)
-
-
-def _sizes(checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None) -> Sizes:
-    """The sizes that the networks will take: those given, or one if they must be fixed, or any."""
-    scale, levels = checkpoint.vae_scale, len(checkpoint.configs["unet"]["down_block_types"])
-    native = isinstance(options, NativeOptions)
-    # The native U-Net doubles what it halved, so that no half may be odd.
-    multiple = scale * 2 ** (levels - 1) if native else scale
-    side = checkpoint.configs["unet"].get("sample_size", 64)
-    width, height = side if isinstance(side, list) else (side, side)
-    default = (scale * width, scale * height)
-    fixed = isinstance(options, CoremlOptions | TensorrtOptions)
-    for width, height in sizes or (default,):
-        for side in (width, height):
-            if side % multiple or side < multiple:
-                raise ValueError(f"size {width}x{height}: {side} is no multiple of {multiple}")
-    sizes = sizes or ((default,) if fixed else ())
-    if sizes:
-        sides = [side for size in sizes for side in size]
-        return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
-    least = min(scale * 2**levels, *default)
-    return Sizes(default, multiple, least, max(2048, *default))
 
 
 def _of_component(name: str, census: dict) -> Census:

@@ -27,8 +27,9 @@ from . import attention, mil, onnx
 from .blame import torch_outputs, worst_of
 from .checkpoint import ConvertError
 from .coremltools_fixes import coremltools, validated_once
+from .garbage import uncollected
 from .mlprogram import Program
-from .modules import quiet, uncollected
+from .modules import quiet
 from .options import CoremlOptions
 from .rounding import to_half
 from .wrappers import wrap

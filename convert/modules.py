@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import math
 import sys
@@ -14,11 +13,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, new_attention_name, tensors
+from ..runtime.models import TINY
+from .checkpoint import Checkpoint, CheckpointError, is_skipped, new_attention_name, tensors
+from .probes import NORM_INPUT
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
-NORM_INPUT = " (input)"  # added to the name of a norm for what goes into it
 
 
 def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -32,9 +32,9 @@ def text_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
 def text_encoder_2(checkpoint: Checkpoint) -> torch.nn.Module:
     """Build SDXL's second text encoder, whose pooled state is projected."""
     config = checkpoint.configs["text_encoder_2"]
-    return _fill(
-        _clip("CLIPTextModelWithProjection", config, True), checkpoint, "text_encoder_2", str
-    )
+    module = _clip("CLIPTextModelWithProjection", config, True)
+    module.config.clip_skip = checkpoint.clip_skip  # its last layers stay, for the pooled state
+    return _fill(module, checkpoint, "text_encoder_2", str)
 
 
 def unet(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -92,18 +92,6 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection inside: with an exporter's many small objects it takes a third."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' advice (missing accelerate, torchvision, deprecations) off the screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "diffusers", "transformers")]
@@ -124,7 +112,7 @@ def _clip(kind: str, config: dict, hidden_states: bool) -> torch.nn.Module:
         import transformers
 
         options = _clean(config) | {"output_hidden_states": hidden_states}
-        with torch.device("meta"):
+        with torch.device("meta"), _built(kind):
             return getattr(transformers, kind)(transformers.CLIPTextConfig(**options))
 
 
@@ -132,9 +120,21 @@ def _diffusers_module(checkpoint: Checkpoint, component: str) -> torch.nn.Module
     with quiet():
         import diffusers
 
-        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-        with torch.device("meta"):  # shapes only: the weights come from the files
-            return kinds[component].from_config(_clean(checkpoint.configs[component]))
+        config = checkpoint.configs[component]
+        kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+        kind = TINY if config.get("_class_name") == TINY else kinds[component]
+        with torch.device("meta"), _built(component):  # only shapes: the weights are in the files
+            return getattr(diffusers, kind).from_config(_clean(config))
+
+
+@contextmanager
+def _built(what: str) -> Iterator[None]:
+    """What a library raises for a configuration that makes no network, in one line."""
+    try:
+        yield
+    except Exception as error:  # of any kind: configurations are not checked there
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{what}: its config.json makes no network: {line}") from None
 
 
 def _clean(config: dict) -> dict:
@@ -149,7 +149,8 @@ def _fill(
     state = {}
     for key, array in tensors(checkpoint, component):
         name = rename(key)
-        if name.endswith("position_ids"):  # 0, 1, 2 ...: old files carry it, the modules compute it
+        # 0, 1, 2 ...: old files carry it, the modules compute it
+        if name.endswith("position_ids") or is_skipped(checkpoint, component, key):
             continue
         state[name] = torch.from_numpy(_as_linear(array, expected.get(name)))
     _check_names(component, expected, state)

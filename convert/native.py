@@ -8,16 +8,19 @@ needed, and the same checkpoint gives the same bytes on every machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from .. import bundle as bundles
+from ..bundle import Tensor
 from ..kernels import LANES, Type
 from ..quantize.native import layout, packed_int4, to_int4, to_int8, together, write_index
+from ..runtime import models
 from ..runtime.engines.native import WEIGHTS
 from ..runtime.program import FEW_BITS, GROUP, STORED, TYPES, Packed, padded
-from .checkpoint import Checkpoint, CheckpointError, Tensors, new_attention_name
+from .checkpoint import Checkpoint, CheckpointError, Tensors, is_skipped, new_attention_name
 from .rounding import to_bf16, to_half
 
 ROWS = 4 * LANES  # outputs that are packed at once: what is held beside the tensor itself
@@ -38,15 +41,18 @@ def write(
     folder: Path,
     weights: str,
     few_bits: Mapping[str, Type] | None = None,
+    written: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
     """Write weights.bin and weights.json; return how many values fp16 rounds to zero, by tensor.
 
     `weights` is what matrices are stored as, fp32, bf16 or fp16, and `few_bits` those, by name,
-    that are not.  Raises ConvertError, also for a tensor of the checkpoint that no request reads.
+    that are not.  `written` is told the bytes so far, and those in all.  Raises ConvertError, also
+    for a tensor of the checkpoint that no request reads.
     """
-    tensors = Tensors(checkpoint, _folder(component))
+    tensors = Tensors(checkpoint, folder_of(component), halves=weights == "fp16")
     names = _names(checkpoint, component, requests, tensors)
     places = layout(requests, TYPES[weights], few_bits)
+    total = max(place.offset + place.bytes for place in places.values())
     lost: dict[str, int] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / WEIGHTS).open("wb") as file:
@@ -56,9 +62,38 @@ def write(
             arrays = (tensors[names[s]] for s in request.sources)
             for part in _parts(request, arrays, place.type, lost):
                 file.write(part.data)
+                written(file.tell(), total)
         size = file.tell()
     write_index(folder, requests, places, size)
     return lost
+
+
+def interface(
+    checkpoint: Checkpoint, component: str, latents: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and outputs as every target names them, float32 whatever is computed in.
+
+    `latents`, (width, height), is the only size that is taken; None leaves it open.
+    """
+    config, states = checkpoint.configs[folder_of(component)], checkpoint.family == "sdxl"
+    inputs, outputs = models.interface(component, config, states)
+    if component == "text_encoder_2" and checkpoint.clip_skip:  # its last layers stay
+        old = bundles.states_of(outputs)
+        layer = config["num_hidden_layers"] - 1 - checkpoint.clip_skip
+        outputs = {f"hidden_states.{layer}" if n == old else n: t for n, t in outputs.items()}
+    if latents is not None:
+        side = checkpoint.vae_scale
+        own = side if component == "vae_encoder" else 1
+        known: dict[int | str, int] = {}
+        for name, count in zip(("width", "height"), latents, strict=True):
+            known |= {name: own * count, f"{side} * {name}": side * count}
+            known[f"{name} // {side}"] = count
+        inputs, outputs = ({n: _fixed(t, known) for n, t in ts.items()} for ts in (inputs, outputs))
+    return inputs, outputs
+
+
+def _fixed(tensor: Tensor, known: dict[int | str, int]) -> Tensor:
+    return Tensor(tensor.dtype, tuple(known.get(n, n) for n in tensor.shape))
 
 
 def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndarray:
@@ -70,7 +105,7 @@ def pack(request: Packed, arrays: Sequence[np.ndarray], weights: str) -> np.ndar
 # --- names --------------------------------------------------------------------------------------
 
 
-def _folder(component: str) -> str:
+def folder_of(component: str) -> str:
     """The checkpoint's folder that holds a component."""
     return "vae" if component in PARTS else component
 
@@ -106,6 +141,8 @@ def _is_ignored(checkpoint: Checkpoint, component: str, name: str) -> bool:
         return name.startswith(next(p for part, p in PARTS.items() if part != component))
     if name.endswith("position_ids"):  # 0, 1, 2 ...: old files carry it
         return True
+    if is_skipped(checkpoint, component, name):
+        return True
     if component != "text_encoder" or checkpoint.family != "sdxl":
         return False
     last = checkpoint.configs[component]["num_hidden_layers"] - 1  # SDXL reads those before it
@@ -117,7 +154,7 @@ def _is_ignored(checkpoint: Checkpoint, component: str, name: str) -> bool:
 
 
 def _panels(request: Packed, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """A tensor as float32 in the order of the file, a few outputs at a time.
+    """A tensor in the order of the file, a few outputs at a time; float32, or as `arrays` are.
 
     Of a matrix (blocks, taps, inputs, 16), of a table (rows, values), of a vector (values,).
     """
@@ -146,23 +183,13 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 def _checked(request: Packed, source: np.ndarray) -> np.ndarray:
     """A matrix as (outputs, inputs, taps), others as they are; refuses what has another shape."""
-    outputs, inputs = request.outputs, sum(request.inputs)
-    if request.form in VECTORS:
-        expected: tuple[int, ...] = (outputs,)
-    elif request.form == "table":
-        expected = (outputs, inputs)
-    else:
-        taps = request.side**2
-        if source.shape == (outputs, inputs):  # a linear layer is a convolution of one pixel
-            source = source[:, :, None, None]
-        expected = (outputs, inputs, request.side, request.side)
-        if source.shape == expected:
-            return source.reshape(outputs, inputs, taps)
-    if source.shape != expected:
+    if source.shape not in request.source_shapes:
         raise CheckpointError(
             f"{request.name}: {', '.join(request.sources)} is {source.shape}, the layer needs "
-            f"{expected}: config.json and weights do not belong together"
+            f"{request.source_shapes[0]}: config.json and weights do not belong together"
         )
+    if request.is_matrix:
+        return source.reshape(request.outputs, sum(request.inputs), request.side**2)
     return source
 
 
@@ -184,7 +211,7 @@ def _whole_blocks(outputs: np.ndarray) -> np.ndarray:
 
 def _take(source: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Those outputs of the source, zeros for -1."""
-    taken = np.zeros((len(order), *source.shape[1:]), np.float32)
+    taken = np.zeros((len(order), *source.shape[1:]), source.dtype)
     taken[order >= 0] = source[order[order >= 0]]
     return taken
 
@@ -212,7 +239,7 @@ def _blocks(filters: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
 
 def _pad_inputs(values: np.ndarray, inputs: Sequence[int]) -> np.ndarray:
     """The last axis, of several sources side by side, each filled up to whole blocks."""
-    filled = np.zeros((*values.shape[:-1], sum(map(padded, inputs))), np.float32)
+    filled = np.zeros((*values.shape[:-1], sum(map(padded, inputs))), values.dtype)
     source = target = 0
     for count in inputs:
         filled[..., target : target + count] = values[..., source : source + count]
@@ -256,6 +283,8 @@ def _stored(name: str, panel: np.ndarray, kind: Type, lost: dict[str, int]) -> n
     if kind is Type.F32:
         return np.ascontiguousarray(panel, "<f4")
     if kind is Type.F16:
+        if panel.dtype == np.float16:
+            return np.ascontiguousarray(panel, "<f2")
         zeros: dict[str, int] = {}
         half = to_half(name, panel, zeros)
         if zeros:

@@ -7,20 +7,20 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 
 from ..bundle import TEXT_ENCODERS, TIME_IDS
 from ..quantize.recipe import Form, Recipe
-from .checkpoint import ConvertError
+from .checkpoint import ConvertError, hidden_layer
 from .integers import OPSET, compress
-from .modules import quiet
 from .rounding import to_half
-from .wrappers import wrap
+
+if TYPE_CHECKING:
+    import torch
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 # Any values do, as long as they differ: equal sizes would be taken for the same dimension.
@@ -41,29 +41,35 @@ def export(
     attention: str = "fused",
     fixed: dict[str, int] | None = None,
     edit: Callable[[ir.Graph], None] = lambda graph: None,
+    spare: bool = False,
 ) -> dict[str, Any]:
     """Write model.onnx, model.onnx.data and config.json; return the inputs and outputs.
 
     `latent_size` is (width, height) in latents; None leaves them open. `weights` is fp32, fp16 or
     a recipe; `attention` is as in `wrappers.wrap`. `fixed` gives other dimensions a size, by name;
-    `edit` changes the graph before it is written. Returns also `quantized`, name -> form, and
+    `edit` changes the graph before it is written. `spare`: the graph returns also what only other
+    tools read, `wrappers.spare_outputs`. Returns also `quantized`, name -> form, and
     `kept`, name -> what it is stored in and why. Raises ConvertError.
     """
+    from .wrappers import spare_outputs, wrap
+
     plain = activations if isinstance(weights, Recipe) else weights
     _check_choices(component, plain, activations)
     lost: dict[str, int] = {}
-    wrapper = wrap(component, module, activations == "fp16", lost, attention)
+    wrapper = wrap(component, module, activations == "fp16", lost, attention, spare)
     inputs, outputs = interface(component, module, latent_size, activations)
     inputs, outputs = _fix(inputs, fixed or {}), _fix(outputs, fixed or {})
-    model = _to_graph(wrapper, inputs, outputs, opset)
-    _rename_dims(model.graph, inputs, outputs)
+    more = spare_outputs(component, module.config) if spare else []
+    every = outputs | {name: next(iter(outputs.values())) for name in more}  # all are states
+    model = _to_graph(wrapper, inputs, every, opset)
+    _rename_dims(model.graph, inputs, every)
     _name_after_layers(model.graph)
-    _scrub(model)
+    scrub(model)
     _check_finite(model.graph)
     quantized, kept = _store(model, component, weights, activations, lost)
     edit(model.graph)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(model, folder)
+    write(model, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     onnx.checker.check_model(str(folder / "model.onnx"))
     return {
@@ -88,7 +94,7 @@ def interface(
         ids = ["batch", config.max_position_embeddings]
         states = _tensor(real, [*ids, config.hidden_size])
         if config.output_hidden_states:  # SDXL reads those before the last layer
-            outputs = {f"hidden_states.{config.num_hidden_layers - 1}": states}
+            outputs = {f"hidden_states.{hidden_layer(config)}": states}
         else:
             outputs = {
                 "last_hidden_state": states,
@@ -161,6 +167,10 @@ def _check_choices(component: str, weights: str, activations: str) -> None:
 
 
 def _to_graph(wrapper: torch.nn.Module, inputs: dict, outputs: dict, opset: int) -> ir.Model:
+    import torch
+
+    from .modules import quiet
+
     arguments, dynamic = [], []
     for value in inputs.values():
         shape = [_example(n) for n in value["shape"]]
@@ -235,7 +245,7 @@ def _layer(node: ir.Node) -> str:
     return scopes[-1] if scopes else ""
 
 
-def _scrub(model: ir.Model) -> None:
+def scrub(model: ir.Model) -> None:
     """Drop the exporter's notes: they hold stack traces and this machine's paths."""
     graph = model.graph
     values = [*graph.inputs, *graph.initializers.values()]
@@ -303,7 +313,7 @@ def _half_tensor(name: str, tensor: ir.TensorProtocol, lost: dict[str, int]) -> 
     return ir.Tensor(to_half(name, tensor.numpy(), lost), name=name)
 
 
-def _write(model: ir.Model, folder: Path) -> None:
+def write(model: ir.Model, folder: Path) -> None:
     """Every tensor of any size goes to model.onnx.data, where onnxruntime maps it into memory."""
     with (folder / "model.onnx.data").open("wb") as file:
         for name, value in model.graph.initializers.items():

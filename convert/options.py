@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .checkpoint import ConvertError
+from ..bundle import Precision, Sizes
+from ..quantize.recipe import Recipe
+from .checkpoint import Checkpoint, ConvertError
+
+if TYPE_CHECKING:
+    from .optimum import Graph
+
+Size = tuple[int, int]
 
 DEPLOYMENTS = ("ios16", "ios17", "ios18", "macos13", "macos14", "macos15")
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
@@ -75,9 +84,75 @@ class NativeOptions:
     isa: str | None = None
 
 
-Options = CoremlOptions | TensorrtOptions | NativeOptions
+@dataclass(frozen=True)
+class OptimumOptions:
+    """Graphs of a folder that Optimum exported, by component, in place of an export of our own."""
+
+    graphs: dict[str, Graph]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a graph takes one size alone."""
+        return any(graph.latents for graph in self.graphs.values())
+
+
+Options = CoremlOptions | TensorrtOptions | NativeOptions | OptimumOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: how the checkpoint becomes a bundle.
+
+    `family` is of the recipe, by name.  `progress` is told of every stage, `written` how many bytes
+    of a component are written, of how many.
+    """
+
+    options: Options | None
+    weights: Recipe
+    precision: Precision
+    sizes: tuple[Size, ...]
+    family: str | None = None
+    progress: Callable[[str], None] = lambda stage: None
+    written: Callable[[int, int], None] = lambda done, total: None
 
 
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConvertError(f"{name} {value!r} is not one of {', '.join(known)}")
+
+
+def picture_sizes(
+    checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None
+) -> Sizes:
+    """The sizes that the networks will take: those given, or one if they must be fixed, or any.
+
+    Raises ConvertError for a side that is no multiple of what the networks halve by.
+    """
+    try:
+        return _picture_sizes(checkpoint, sizes, options)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
+
+
+def _picture_sizes(
+    checkpoint: Checkpoint, sizes: tuple[Size, ...], options: Options | None
+) -> Sizes:
+    scale, levels = checkpoint.vae_scale, len(checkpoint.configs["unet"]["down_block_types"])
+    # The native U-Net doubles what it halved, so that no half may be odd; so does Optimum's.
+    open_export = isinstance(options, OptimumOptions) and not options.fixed
+    doubles = isinstance(options, NativeOptions) or open_export
+    multiple = scale * 2 ** (levels - 1) if doubles else scale
+    side = checkpoint.configs["unet"].get("sample_size", 64)
+    width, height = side if isinstance(side, list) else (side, side)
+    default = (scale * width, scale * height)
+    fixed = isinstance(options, CoremlOptions | TensorrtOptions)
+    for width, height in sizes or (default,):
+        for side in (width, height):
+            if side % multiple or side < multiple:
+                raise ValueError(f"size {width}x{height}: {side} is no multiple of {multiple}")
+    sizes = sizes or ((default,) if fixed else ())
+    if sizes:
+        sides = [side for size in sizes for side in size]
+        return Sizes(sizes[0], multiple, min(sides), max(sides), tuple(dict.fromkeys(sizes)))
+    least = min(scale * 2**levels, *default)
+    return Sizes(default, multiple, least, max(2048, *default))

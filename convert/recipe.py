@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle import Recipe
+from ..runtime import recipes
 from ..runtime.samplers import ETA
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, OptionError
 
 # diffusers' class -> our sampler, steps and guidance when the checkpoint says nothing better.
 SAMPLER_OF = {
@@ -19,7 +20,6 @@ SAMPLER_OF = {
     "TCDScheduler": ("tcd", 4, 1.0),
 }
 STAND_IN = ("dpmpp_2m", 20, 7.5)  # for a scheduler that we do not offer, said in a note
-LCM_EMBEDDED_GUIDANCE = 8.0  # what LCM_Dreamshaper and its kin were distilled for
 # Options of a scheduler that change the result and that a table of coefficients cannot express.
 UNSUPPORTED = {
     "thresholding": False,
@@ -30,13 +30,63 @@ UNSUPPORTED = {
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
 }
+# What shows in a checkpoint which family it is of: class and spacing of its scheduler, whether it
+# is of SDXL; those of 512 pixels, as the originals are.  The first row that fits is taken.
+SHOWN = (
+    ("LCMScheduler", None, None, None, "lcm-lora"),
+    ("TCDScheduler", None, None, None, "tcd"),
+    ("EulerAncestralDiscreteScheduler", "trailing", "sdxl", 64, "sdxl-turbo"),
+    ("EulerDiscreteScheduler", "trailing", "sd2", 64, "sd-turbo"),
+)
 
 
-def from_checkpoint(checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
+def from_checkpoint(checkpoint: Checkpoint, name: str | None = None) -> tuple[Recipe, list[str]]:
     """The recipe that a checkpoint's scheduler configuration states, and notes on what differs.
 
-    Raises CheckpointError for an option that no sampler table can express.
+    `name` is one of runtime.recipes.NAMES, None what the checkpoint shows.  Raises OptionError for
+    a recipe that such a checkpoint has not, CheckpointError for an option of the scheduler that no
+    sampler table can express.
     """
+    recipe, notes = _of_scheduler(checkpoint)
+    shown = _shown(checkpoint)
+    xl = None if checkpoint.family == "sd" else checkpoint.family == "sdxl"
+    try:
+        made = recipes.apply(name or shown, recipe, _embeds_guidance(checkpoint), xl)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    if name is not None:
+        return made, [] if made.allowed_steps else notes
+    if made.allowed_steps:
+        title = recipes.FAMILIES[shown].title
+        return made, [f"taken for {title} by its scheduler or U-Net; if it is not, --recipe base"]
+    if (recipe.sampler, recipe.spacing) == ("euler", "trailing"):
+        notes.append("Euler with trailing timesteps: if it draws in few steps, give its --recipe")
+    return made, notes
+
+
+def _shown(checkpoint: Checkpoint) -> str:
+    """The family that a checkpoint shows itself to be of."""
+    if _embeds_guidance(checkpoint):
+        return recipes.LCM
+    config = checkpoint.scheduler
+    found = (
+        config.get("_class_name"),
+        config.get("timestep_spacing", "leading"),
+        checkpoint.family,
+        checkpoint.configs["unet"].get("sample_size"),
+    )
+    for *wanted, name in SHOWN:
+        if all(w in (None, f) for w, f in zip(wanted, found, strict=True)):
+            return name if config.get("prediction_type", "epsilon") == "epsilon" else recipes.BASE
+    return recipes.BASE
+
+
+def _embeds_guidance(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.configs["unet"].get("time_cond_proj_dim"))
+
+
+def _of_scheduler(checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
+    """A recipe without a family."""
     config = checkpoint.scheduler
     name = config.get("_class_name", "")
     sampler, steps, guidance = SAMPLER_OF.get(name, STAND_IN)
@@ -49,8 +99,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> tuple[Recipe, list[str]]:
             )
     if sampler == "dpmpp_2m" and config.get("use_karras_sigmas"):
         sampler = "dpmpp_2m_karras"
-    if sampler == "lcm" and checkpoint.configs["unet"].get("time_cond_proj_dim"):
-        guidance = LCM_EMBEDDED_GUIDANCE
+    if _embeds_guidance(checkpoint):
+        guidance = recipes.FAMILIES[recipes.LCM].guidance
     consistency = sampler in ("lcm", "tcd")
     try:
         recipe = Recipe(
@@ -109,11 +159,13 @@ def to_scheduler(recipe: Recipe) -> Any:
             options["use_karras_sigmas"] = True
     if recipe.spacing != "lcm":
         options["timestep_spacing"] = recipe.spacing
+    if recipe.sampler in ("lcm", "tcd"):  # told at the next step instead, TCD takes no lattice
+        options["original_inference_steps"] = recipe.original_steps
     if recipe.sampler == "lcm":
         options["timestep_scaling"] = recipe.timestep_scaling
     scheduler = getattr(diffusers, name)(**options)
-    if recipe.spacing == "lcm":
-        scheduler.set_timesteps(recipe.steps, original_inference_steps=recipe.original_steps)
+    if recipe.timesteps:
+        scheduler.set_timesteps(timesteps=[int(t) for t in recipe.timesteps])
     else:
         scheduler.set_timesteps(recipe.steps)
     return scheduler

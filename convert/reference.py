@@ -11,12 +11,10 @@ import torch
 
 from .. import bundle as bundles
 from ..bundle import Recipe
+from .checkpoint import hidden_layer
+from .probes import SEED, colour_field, fit_preview
 from .recipe import to_scheduler
-
-PROMPT = "a red apple on a sky blue background"
-OTHER_PROMPTS = ("", "a photograph of an old fisherman's boat, sunset, 35 mm")
-SEED = 0
-MAX_STEPS = 8  # of the end-to-end run: every noise level of a long recipe is seldom worth minutes
+from .wrappers import certain
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +48,8 @@ def record_text(module: torch.nn.Module, tokens: list[np.ndarray]) -> list[Run]:
     for ids in tokens:
         out = module(input_ids=torch.from_numpy(ids))
         if module.config.output_hidden_states:  # SDXL: after every layer but the last
-            outputs = {f"hidden_states.{len(out.hidden_states) - 2}": out.hidden_states[-2]}
+            layer = hidden_layer(module.config)
+            outputs = {f"hidden_states.{layer}": out.hidden_states[layer]}
         else:
             outputs = {n: out[n] for n in ("last_hidden_state", "pooler_output")}
         if "text_embeds" in out:
@@ -122,12 +121,14 @@ def record_vae(module: Any, reference: Reference, scale: int) -> dict[str, list[
     """Decode the sampled latents and encode pictures; fits the preview on the way."""
     factor = module.config.scaling_factor
     width, height = reference.size
-    colours = _colour_field(width, height)
+    colours = torch.from_numpy(colour_field(width, height))
     decoded = module.decode(reference.latents / factor).sample
     encoder, decoder = [], []
-    others = [_colour_field(*size) for size in reference.other_sizes]
+    others = [torch.from_numpy(colour_field(*size)) for size in reference.other_sizes]
     for image in (colours, decoded.clamp(-1, 1), *others):
-        parameters = module.encode(image).latent_dist.parameters
+        encoded = module.encode(image)
+        tiny = not hasattr(encoded, "latent_dist")  # TAESD's
+        parameters = certain(encoded.latents) if tiny else encoded.latent_dist.parameters
         encoder.append(Run({"sample": image.numpy()}, {"latent_parameters": parameters.numpy()}))
     parameters = [torch.from_numpy(run.outputs["latent_parameters"]) for run in encoder]
     mean, _, *means = (values.chunk(2, dim=1)[0] for values in parameters)
@@ -136,25 +137,8 @@ def record_vae(module: Any, reference: Reference, scale: int) -> dict[str, list[
         decoder.append(Run({"latent_sample": latents.numpy()}, {"sample": image.numpy()}))
     reference.picture = ((decoded[0] / 2 + 0.5).clamp(0, 1)).permute(1, 2, 0).numpy()
     pairs = [(mean * factor, colours), (reference.latents, decoded)]
-    reference.preview = _fit_preview(pairs, scale)
+    reference.preview = fit_preview([(x.numpy(), y.numpy()) for x, y in pairs], scale)
     return {"vae_decoder": decoder, "vae_encoder": encoder}
-
-
-def _fit_preview(pairs: list[tuple[torch.Tensor, torch.Tensor]], scale: int) -> np.ndarray:
-    """The least-squares map from a latent to the mean colour of its pixels: (channels + 1, 3)."""
-    latents = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x, _ in pairs])
-    small = [torch.nn.functional.avg_pool2d(image, scale) for _, image in pairs]
-    colours = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in small])
-    ones = torch.ones(len(latents), 1)
-    design = torch.cat([latents, ones], dim=1).double()
-    return torch.linalg.lstsq(design, colours.double()).solution.numpy()
-
-
-def _colour_field(width: int, height: int) -> torch.Tensor:
-    """A smooth picture of every colour, (1, 3, height, width) in [-1, 1]; always the same."""
-    rng = np.random.RandomState(0)
-    coarse = torch.from_numpy(rng.uniform(-1, 1, (1, 3, 6, 6))).float()
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
 
 
 def _guidance_embedding(module: Any, guidance: float) -> torch.Tensor:

@@ -1,10 +1,15 @@
-"""What differs between the targets: how a component is written, and what runs it for the check."""
+"""What differs between the targets: how a component is written, and what runs it for the check.
+
+What torch and the exporters are needed for imports them there: the native target needs neither.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +26,10 @@ from ..runtime.engines.native import NativeEngine
 from ..runtime.engines.onnx import OnnxEngine
 from ..runtime.engines.tensorrt import VENDORS
 from ..runtime.program import INT8, TYPES, activation_type
-from . import native, onnx
-from .blame import native_worst, worst
+from . import native
 from .checkpoint import Checkpoint, ConvertError
-from .modules import NORM_INPUT
-from .options import CoremlOptions, NativeOptions, TensorrtOptions
+from .options import CoremlOptions, NativeOptions, OptimumOptions, TensorrtOptions
+from .probes import NORM_INPUT
 
 Size = tuple[int, int]
 Census = dict[str, tuple[float, int, int]]
@@ -45,6 +49,11 @@ class Task:
     sizes: tuple[Size, ...] | None
     guided: bool  # whether a step takes two passes
     default: Size
+    written: Callable[[int, int], None] = lambda done, total: None  # bytes of a component, in all
+
+    def exception(self, half: bool) -> str:
+        """What a component computes in if not in the precision's activations."""
+        return "fp32" if self.precision.activations == "fp16" and not half else ""
 
     @property
     def tokens(self) -> int:
@@ -56,12 +65,14 @@ class Target(Protocol):
     """One kind of device."""
 
     name: str
-    overflow_is_kept_in_fp32: bool  # else a component that overflows fp16 is refused
 
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
-        """Write a component to `folder`, which is below the bundle by its own name."""
+        """Write a component to `folder`, which is below the bundle by its own name.
+
+        `half`: it computes in fp16, if the precision says so and no layer reaches beyond.
+        """
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         """What runs a written component on this machine, from the bundle's files alone."""
@@ -80,7 +91,6 @@ class OnnxTarget:
     """Graphs for onnxruntime, checked by the engine that runs them later."""
 
     name = "onnx"
-    overflow_is_kept_in_fp32 = False
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -89,6 +99,8 @@ class OnnxTarget:
     def export(
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
+        from . import onnx
+
         sizes, precision, recipe = self.task.sizes, self.task.precision, self.task.recipe
         made = onnx.export(
             name,
@@ -97,15 +109,19 @@ class OnnxTarget:
             folder,
             sizes[0] if sizes and len(sizes) == 1 else None,
             recipe if recipe.least_bits else precision.weights,
-            precision.activations,
+            "fp16" if half else "fp32",
+            spare=True,
         )
         self.made[name] = made
-        return Component(folder.name, config, tensors(made["inputs"]), tensors(made["outputs"]))
+        arrays = tensors(made["inputs"]), tensors(made["outputs"])
+        return Component(folder.name, config, *arrays, activations=self.task.exception(half))
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        from .blame import worst
+
         return _lost_in(*worst(name, module, bundle.path(name), inputs))
 
     def options(self) -> dict[str, str]:
@@ -125,11 +141,43 @@ class OnnxTarget:
         return told
 
 
+class OptimumTarget(OnnxTarget):
+    """Graphs that Optimum exported, in place of our own."""
+
+    def __init__(self, task: Task, options: OptimumOptions) -> None:
+        super().__init__(task)
+        self.graphs = options.graphs
+
+    def export(
+        self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
+    ) -> Component:
+        from . import optimum
+
+        for field in ("max_position_embeddings", "hidden_size", "block_out_channels"):
+            found, original = self.graphs[name].config.get(field), config.get(field)
+            if found != original:
+                raise ConvertError(
+                    f"{name}: {field} is {found} in the export and {original} in the original: it "
+                    "is another checkpoint's"
+                )
+        return optimum.import_graph(self.graphs[name], folder, self.task.precision)
+
+    def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        return ": is it another checkpoint's export, or damaged?"  # its layers have other names
+
+    def options(self) -> dict[str, str]:
+        from . import optimum
+
+        return optimum.OPTIONS
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+
 class NativeTarget:
     """Weights packed for our own engine, checked by running it."""
 
     name = "native"
-    overflow_is_kept_in_fp32 = False
 
     def __init__(self, task: Task, options: NativeOptions) -> None:
         kernels.library()  # without the engine nothing could be checked: said before hours pass
@@ -143,33 +191,56 @@ class NativeTarget:
         self, name: str, module: Any, config: dict, folder: Path, half: bool, census: Census
     ) -> Component:
         task = self.task
-        size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
-        taken, outputs = onnx.interface(name, module, size)  # float32 whatever it computes in
+        own = task.exception(half)
+        plain, activations = task.precision.weights, own or task.precision.activations
+        if task.recipe.least_bits:
+            plain = UNQUANTIZED[activations]
+        _, outputs = native.interface(task.checkpoint, name)
         requests = models.weights(name, config, outputs)
         few_bits, kept = packing.choose(name, requests, task.recipe)
         self.kept[name] = Counter(kept.values())
-        plain = task.precision.weights
-        if task.recipe.least_bits:
-            plain = UNQUANTIZED[task.precision.activations]
-        lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits)
-        self.underflow.update(lost)
-        narrow = task.precision.activations == INT8
-        places = packing.layout(requests, TYPES[plain], few_bits, narrow)
+        places = packing.layout(requests, TYPES[plain], few_bits)
         matrices = [request for request in requests if request.is_matrix]
         self.names += [f"{name}/{source}" for r in matrices for source in r.sources]
         self.forms[name] = Counter(packing.NAMES[places[r.name].type] for r in matrices)
+        made, lost = self.pack(name, config, folder, plain, few_bits, activations)
+        self.underflow.update(lost)
+        return dataclasses.replace(made, activations=own)
+
+    def pack(
+        self,
+        name: str,
+        config: dict,
+        folder: Path,
+        plain: str,
+        few_bits: Mapping[str, Type],
+        activations: str,
+    ) -> tuple[Component, dict[str, int]]:
+        """Write a component, and what it takes to run it; also what fp16 rounds to zero.
+
+        Matrices are stored as `plain`, those in `few_bits` by name as that.
+        """
+        task = self.task
+        size = task.sizes[0] if task.sizes and len(task.sizes) == 1 else None
+        taken, outputs = native.interface(task.checkpoint, name, size)
+        requests = models.weights(name, config, outputs)
+        lost = native.write(task.checkpoint, name, requests, folder, plain, few_bits, task.written)
+        places = packing.layout(requests, TYPES[plain], few_bits, activations == INT8)
         scale = task.checkpoint.vae_scale if name == "vae_encoder" else 1
         width, height = task.default
         shapes = models.sizes(name, config, (scale * width, scale * height), task.tokens)
-        kind = activation_type(task.precision.activations) or Type.F32
+        kind = activation_type(activations) or Type.F32
         memory = packing.memory(name, config, outputs, shapes, places, kind)
-        arrays = _single(tensors(taken)), _single(tensors(outputs))
-        return Component(folder.name, config, *arrays, memory=memory)
+        return Component(folder.name, config, taken, outputs, memory=memory), lost
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return NativeEngine(bundle, name, isa=self.chosen.isa)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        if module is None:  # without torch
+            return "; --check diffusers names the layer"
+        from .blame import native_worst
+
         return _lost_in(*native_worst(name, module, bundle, inputs))
 
     def options(self) -> dict[str, str]:
@@ -188,7 +259,6 @@ class CoremlTarget:
     """Core ML packages, checked by our own reader of what was saved."""
 
     name = "coreml"
-    overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: CoremlOptions) -> None:
         if not importlib.util.find_spec("coremltools"):
@@ -224,7 +294,8 @@ class CoremlTarget:
         )
         self.made[name] = made
         inputs, outputs = tensors(made.inputs), tensors(made.outputs)
-        return Component(folder.name, config, inputs, outputs, tuple(made.parts))
+        own = self.task.exception(half)
+        return Component(folder.name, config, inputs, outputs, tuple(made.parts), activations=own)
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         from .mlprogram import open_part
@@ -263,7 +334,6 @@ class TensorrtTarget:
     """Graphs of plain operators and engines built from them, checked by running the graphs."""
 
     name = "tensorrt"
-    overflow_is_kept_in_fp32 = True
 
     def __init__(self, task: Task, options: TensorrtOptions) -> None:
         from .tensorrt import check_capability
@@ -303,12 +373,15 @@ class TensorrtTarget:
             self.built[name].append(built)
         memory = {built.capability: built.memory for built in self.built[name]}
         inputs, outputs = tensors(made["inputs"]), tensors(made["outputs"])
-        return Component(folder.name, config, inputs, outputs, memory=memory)
+        own = task.exception(half)
+        return Component(folder.name, config, inputs, outputs, memory=memory, activations=own)
 
     def open(self, bundle: Bundle, name: str) -> Engine:
         return OnnxEngine(bundle, name)
 
     def blame(self, bundle: Bundle, name: str, module: Any, inputs: Arrays) -> str:
+        from .blame import worst
+
         return _lost_in(*worst(name, module, bundle.path(name), inputs))
 
     def options(self) -> dict[str, str]:
@@ -371,14 +444,6 @@ def needs(package: str, extra: str) -> ConvertError:
 def tensors(made: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     """The manifest's form of an export's interface."""
     return {name: Tensor(t["dtype"], tuple(t["shape"])) for name, t in made.items()}
-
-
-def _single(interface: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The interface of an engine that takes one picture at a time."""
-    return {
-        name: Tensor(t.dtype, tuple(1 if n == "batch" else n for n in t.shape))
-        for name, t in interface.items()
-    }
 
 
 def floors(recipe: Recipe, precision: Precision) -> dict[str, float]:

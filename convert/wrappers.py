@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..bundle import TEXT_ENCODERS
+from ..runtime.models import TINY
+from ..runtime.models.taesd import LOG_VARIANCE
 from .attention import original
-from .checkpoint import check_unet
+from .checkpoint import check_unet, hidden_layer
 from .modules import quiet
 from .rounding import to_half
 
+PENULTIMATE = "penultimate_state"
 MASKED = -1e4  # finite in float16, and exp() of it is 0
 
 
@@ -24,11 +28,12 @@ def wrap(
     half: bool = False,
     lost: dict[str, int] | None = None,
     attention: str = "fused",
+    spare: bool = False,
 ) -> torch.nn.Module:
     """A twin of the module that takes and returns what the graph does; it also runs in torch.
 
     `attention` is "fused", onnxruntime's own operator, "plain", those of the ONNX standard, or
-    "original", those of Core ML.
+    "original", those of Core ML.  `spare`: it returns those of `spare_outputs` as well.
     """
     if component == "unet":
         check_unet(module.config)
@@ -40,13 +45,26 @@ def wrap(
         if isinstance(layer, Attention):
             layer.forward = partial(_attention, layer, ATTENTION[attention])
     kinds: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-        "text_encoder": TextEncoder,
-        "text_encoder_2": TextEncoder,
+        "text_encoder": partial(TextEncoder, spare=spare),
+        "text_encoder_2": partial(TextEncoder, spare=spare),
         "unet": UNet if getattr(module.config, "addition_embed_type", None) is None else UNetXL,
         "vae_decoder": VaeDecoder,
         "vae_encoder": VaeEncoder,
     }
     return kinds[component](twin).eval()
+
+
+def spare_outputs(component: str, config: Any) -> list[str]:
+    """Outputs that only other tools look for, after those of the interface; usually none.
+
+    Optimum's pipelines take the state before every layer of SDXL's text encoders, and tell by the
+    dimensions of the rest whether that is the pooled state: so the first returns its last twice.
+    """
+    if component not in TEXT_ENCODERS or not config.output_hidden_states:
+        return []
+    layers, read = range(config.num_hidden_layers), hidden_layer(config)
+    names = [f"hidden_states.{layer}" for layer in layers if layer != read]
+    return names if component == "text_encoder_2" else [*names, PENULTIMATE]
 
 
 def _twin(module: torch.nn.Module, half: bool, lost: dict[str, int]) -> torch.nn.Module:
@@ -61,12 +79,13 @@ def _twin(module: torch.nn.Module, half: bool, lost: dict[str, int]) -> torch.nn
 class TextEncoder(torch.nn.Module):
     """CLIP's text model; its causal mask is a finite constant instead of minus infinity.
 
-    SDXL's two return the states before the last layer, and the second its pooled state projected.
+    SDXL's two return the states before the last layer, and the second its pooled state projected;
+    with `spare` also what `spare_outputs` lists.
     """
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, spare: bool = False):
         super().__init__()
-        self.module = module
+        self.module, self.spare = module, spare
         length, dtype = module.config.max_position_embeddings, next(module.parameters()).dtype
         self.register_buffer("mask", torch.full((length, length), MASKED, dtype=dtype).triu(1))
 
@@ -74,17 +93,21 @@ class TextEncoder(torch.nn.Module):
         # transformers 4, and its model with a projection, have it one down
         clip = getattr(self.module, "text_model", self.module)
         projection = getattr(self.module, "text_projection", None)
-        penultimate = clip.embeddings(input_ids=input_ids)
-        for layer in clip.encoder.layers[:-1]:
-            penultimate = self.run(layer, penultimate)
-        if self.module.config.output_hidden_states and projection is None:
-            return (penultimate,)
-        x = clip.final_layer_norm(self.run(clip.encoder.layers[-1], penultimate))
+        count, layers = hidden_layer(self.module.config), clip.encoder.layers
+        first = self.module.config.output_hidden_states and projection is None
+        states = [clip.embeddings(input_ids=input_ids)]
+        for layer in layers[:count] if first else layers:
+            states.append(self.run(layer, states[-1]))
+        hidden = states[count]
+        spare = (*states[:count], *states[count + 1 : len(layers)]) if self.spare else ()
+        if first:
+            return (hidden, *spare, hidden.clone()) if self.spare else (hidden,)
+        x = clip.final_layer_norm(states[-1])
         eos = self.module.config.eos_token_id
         # configs older than transformers 4.31 say 2; there the end token is the largest id
         at_end = input_ids.int() if eos == 2 else (input_ids == eos).int()
         pooled = x[torch.arange(x.shape[0]), at_end.argmax(dim=-1)]
-        return (x, pooled) if projection is None else (penultimate, projection(pooled))
+        return (x, pooled) if projection is None else (hidden, projection(pooled), *spare)
 
     def run(self, layer, x):
         x = x + self.attend(layer.self_attn, layer.layer_norm1(x))
@@ -121,7 +144,8 @@ class UNet(torch.nn.Module):
         for block in net.down_blocks:
             x, more = block(x, temb, **_context(block, context))
             skips += more
-        x = net.mid_block(x, temb, encoder_hidden_states=context)
+        if net.mid_block is not None:
+            x = net.mid_block(x, temb, **_context(net.mid_block, context))
         for block in net.up_blocks:
             skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             # always sized like the next skip, so that odd sizes come back as they went down
@@ -153,8 +177,8 @@ class VaeDecoder(torch.nn.Module):
 
     def forward(self, latent_sample):
         vae = self.module
-        x = vae.post_quant_conv(latent_sample) if vae.post_quant_conv else latent_sample
-        return vae.decoder(x)
+        quantize = getattr(vae, "post_quant_conv", None)  # TAESD has none
+        return vae.decoder(quantize(latent_sample) if quantize else latent_sample)
 
 
 class VaeEncoder(torch.nn.Module):
@@ -166,7 +190,14 @@ class VaeEncoder(torch.nn.Module):
 
     def forward(self, sample):
         x = self.module.encoder(sample)
+        if type(self.module).__name__ == TINY:
+            return certain(x)
         return self.module.quant_conv(x) if self.module.quant_conv else x
+
+
+def certain(latents):
+    """Latents that nothing is drawn around, as TAESD's: with the log variance of AutoencoderKL."""
+    return torch.cat([latents, torch.full_like(latents, LOG_VARIANCE)], dim=1)
 
 
 def _context(block, context) -> dict:

@@ -81,12 +81,14 @@ Cpu detect() {
 #elif defined(__aarch64__) && defined(__linux__)
 
 Cpu detect() {
-    constexpr int ASIMD = 1, ASIMD_HP = 10, ASIMD_DP = 20, BF16 = 14; // of HWCAP, HWCAP2
+    constexpr int ASIMD = 1, ASIMD_HP = 10, ASIMD_DP = 20; // of HWCAP
+    constexpr int I8MM = 13, BF16 = 14;                    // of HWCAP2
     Cpu cpu = {};
     cpu.neon = bit(uint32_t(getauxval(AT_HWCAP)), ASIMD);
     cpu.neon_fp16 = cpu.neon && bit(uint32_t(getauxval(AT_HWCAP)), ASIMD_HP);
     cpu.neon_dot = cpu.neon && bit(uint32_t(getauxval(AT_HWCAP)), ASIMD_DP);
     cpu.neon_bf16 = cpu.neon_dot && bit(uint32_t(getauxval(AT_HWCAP2)), BF16);
+    cpu.neon_i8mm = cpu.neon_bf16 && bit(uint32_t(getauxval(AT_HWCAP2)), I8MM);
     return cpu;
 }
 
@@ -108,6 +110,7 @@ Cpu detect() {
     cpu.neon_fp16 = has("hw.optional.arm.FEAT_FP16");
     cpu.neon_dot = has("hw.optional.arm.FEAT_DotProd");
     cpu.neon_bf16 = cpu.neon_dot && has("hw.optional.arm.FEAT_BF16");
+    cpu.neon_i8mm = cpu.neon_bf16 && has("hw.optional.arm.FEAT_I8MM");
     return cpu;
 }
 

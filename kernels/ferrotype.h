@@ -110,9 +110,10 @@ struct ft_op {
     int32_t side, stride, pad; /* matmul; pad 1 reads a border above and left, 0 does not */
     int32_t upsample, geglu, late;
     int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
-                                  * products; 1: where that is faster, 2: however small out is */
+                                  * products; 1: where that is faster, 2: wherever it can be */
     int32_t narrow;              /* matmul of I8: each pixel of a (and b) is rounded to int8 with a
-                                  * scale of its own, and integers are multiplied */
+                                  * scale of its own, and integers are multiplied; attention: both
+                                  * products are of int8 */
     int32_t band;                /* out is rows of an image: 1: others are above, 2: below, 3: both;
                                   * its border is not written there */
     int32_t groups;              /* group norm */

@@ -68,7 +68,7 @@ struct Softmax {
     float scale;      // of the scores, times log2(e)
     float *top, *sum; // of this row so far
     char *out;        // `padded` weights; zero from `valid` on
-    uint32_t type;
+    uint32_t type;    // FT_I8: an Int8Pixel before them, whose scale is for the sums so far
 };
 
 // F(2x2, 3x3), Lavin & Gray 2016: 16 products give the 2x2 outputs that take 36 directly.
@@ -79,6 +79,10 @@ struct WinogradKernels {
     // Nine taps of n weights, tap_bytes apart, become 16 of n, position_bytes apart.
     void (*weights)(char *u, int64_t position_bytes, uint32_t type, const char *w,
                     int64_t tap_bytes, uint32_t w_type, int64_t n);
+    // Nine taps of a block's int8 weights, k inputs each, become 16 of int8; sums are to be times
+    // `scales` of each output.
+    void (*weights_int8)(char *u, int64_t position_bytes, float *scales, const char *w,
+                         int64_t tap_bytes, int64_t k);
     // 16 rows of n sums, position floats apart, become those of 2x2 pixels, TILE floats apart.
     void (*output)(float *out, const float *sums, int64_t position, int n);
 };
@@ -116,7 +120,7 @@ struct Kernels {
 
 struct Cpu {                                          // filled by detect(); see cpu.cpp
     bool avx2, avx512, avx512_vnni, avx512_bf16, amx; // amx: of bf16 and of int8
-    bool neon, neon_fp16, neon_dot, neon_bf16;
+    bool neon, neon_fp16, neon_dot, neon_bf16, neon_i8mm;
 };
 Cpu detect();
 
@@ -246,8 +250,10 @@ const Op *find_op(uint32_t kind); // null: unknown
 
 // What follows a matmul's sums of up to MAX_ROWS pixels, each at ys, xs, for `blocks` blocks of the
 // weights' outputs from `first`; matmul.cpp.  parity: of the output's pixels, in an upsample.
+// scales: of these outputs, in place of the op's.
 void finish_pixels(const ft_op &op, const Context &context, const float *acc, int parity,
-                   int64_t first, int blocks, int rows, const int64_t *ys, const int64_t *xs);
+                   int64_t first, int blocks, int rows, const int64_t *ys, const int64_t *xs,
+                   const float *scales = nullptr);
 // Whether weights are made of the activations' type before they are multiplied.
 static inline bool widens(const ft_op &op) {
     return op.weight_type == FT_I4 || (op.weight_type == FT_I8 && !op.narrow);

@@ -46,6 +46,8 @@ const Kernels neon = join(neon_rows, neon_winograd, {&neon_tiles});
 const Kernels neon_dot = join(neon_rows, neon_winograd, {&neon_dot_tiles, &neon_tiles});
 const Kernels neon_bf16 =
     join(neon_rows, neon_winograd, {&neon_bf16_tiles, &neon_dot_tiles, &neon_tiles});
+const Kernels neon_i8mm = join(neon_rows, neon_winograd,
+                               {&neon_i8mm_tiles, &neon_bf16_tiles, &neon_dot_tiles, &neon_tiles});
 #endif
 
 #if defined(__x86_64__)
@@ -73,6 +75,7 @@ const Isa isas[] = {
     {"avx512", [](const Cpu &c) { return c.avx512; }, &avx512, nullptr},
     {"avx2", [](const Cpu &c) { return c.avx2; }, &avx2, nullptr},
 #elif defined(__aarch64__)
+    {"neon-i8mm", [](const Cpu &c) { return c.neon_i8mm; }, &neon_i8mm, nullptr},
     {"neon-bf16", [](const Cpu &c) { return c.neon_bf16; }, &neon_bf16, nullptr},
     {"neon-dot", [](const Cpu &c) { return c.neon_dot; }, &neon_dot, nullptr},
     {"neon", [](const Cpu &c) { return c.neon; }, &neon, nullptr},

@@ -345,11 +345,12 @@ uint64_t scale_bytes(const ft_op &op) {
 }
 
 void finish_pixels(const ft_op &op, const Context &context, const float *acc, int parity,
-                   int64_t first, int blocks, int rows, const int64_t *ys, const int64_t *xs) {
+                   int64_t first, int blocks, int rows, const int64_t *ys, const int64_t *xs,
+                   const float *scales) {
     const int64_t channel = (op.geglu ? first / 2 : first) * LANES; // of out
     const int64_t offset = channel * type_bytes(op.out.type);
-    const float *scale = nullptr, *bias = nullptr, *add = nullptr;
-    if (op.scales != FT_NO_WEIGHT)
+    const float *scale = scales, *bias = nullptr, *add = nullptr;
+    if (!scale && op.scales != FT_NO_WEIGHT)
         scale = reinterpret_cast<const float *>(context.weights + op.scales) +
                 (parity * blocks_of(op) + first) * LANES;
     if (op.bias != FT_NO_WEIGHT)

@@ -238,7 +238,9 @@ size_t ft_program_run(ft_program *program, void *arena, const void *weights, uin
     };
     if (streamer) streamer->begin(weights, program->weight_bytes);
     for (size_t i = 0; i < count; i++) {
-        if ((cancel && *cancel) || (streamer && !streamer->wait_for(i))) return stop(i);
+        // Another thread may write it meanwhile.
+        const bool cancelled = cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED);
+        if (cancelled || (streamer && !streamer->wait_for(i))) return stop(i);
         const auto start = std::chrono::steady_clock::now();
         find_op(program->ops[i].kind)->run(program->ops[i], context);
         if (nanoseconds)

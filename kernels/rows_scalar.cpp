@@ -39,7 +39,33 @@ void finish(const Finish &f) {
         }
 }
 
+// Weights in 127ths of the largest of these.
+float softmax_int8(const Softmax &s) {
+    float here = -INFINITY;
+    bool finite = true;
+    for (int i = 0; i < s.valid; i++) {
+        here = std::fmax(here, s.scores[i] * s.scale);
+        finite = finite && !std::isnan(s.scores[i] * s.scale);
+    }
+    Int8Pixel head = {};
+    int8_t *weights = reinterpret_cast<int8_t *>(s.out + sizeof head);
+    for (int i = 0; i < s.padded; i++) {
+        const bool some = i < s.valid && here != -INFINITY && finite;
+        weights[i] =
+            some ? int8_t(std::nearbyint(127 * std::exp2(s.scores[i] * s.scale - here))) : 0;
+        head.sum += weights[i];
+    }
+    const float top = std::fmax(here, *s.top);
+    const float alpha = top == *s.top ? 1 : std::exp2(*s.top - top);
+    head.scale = finite ? (top == -INFINITY ? 0 : std::exp2(here - top) / 127) : NAN;
+    *s.sum = *s.sum * alpha + float(head.sum) * head.scale;
+    *s.top = top;
+    memcpy(s.out, &head, sizeof head);
+    return alpha;
+}
+
 float softmax(const Softmax &s) {
+    if (s.type == FT_I8) return softmax_int8(s);
     float top = *s.top;
     for (int i = 0; i < s.valid; i++) top = std::fmax(top, s.scores[i] * s.scale);
     const float shift = top == -INFINITY ? 0 : top; // nothing so far: every weight is zero

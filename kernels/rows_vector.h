@@ -366,6 +366,7 @@ template <class V, class T> struct Widen {
 
 template <class V> struct AllRows {
     typedef typename V::F F;
+    static constexpr float LOG2_127 = 6.98868469f;
 
     template <class Do> static auto typed(uint32_t type, const Do &call) {
         if (type == FT_BF16) return call(TypedRows<V, Bf16<V>>());
@@ -377,7 +378,7 @@ template <class V> struct AllRows {
         typed(f.type, [&](auto rows) { rows.finish(f); });
     }
 
-    static float top(const ft::Softmax &s) { // the scale, above zero, keeps their order
+    static float here(const ft::Softmax &s) { // the largest; the scale, above zero, keeps the order
         const F lowest = V::set(-__builtin_inff());
         F most = lowest, more = lowest; // two, so that none waits for the one before
         int i = 0;
@@ -387,20 +388,62 @@ template <class V> struct AllRows {
         }
         for (; i + LANES <= s.valid; i += LANES) most = V::max(V::load(s.scores + i), most);
         if (i < s.valid) more = V::max(V::keep(V::load(s.scores + i), s.valid - i, lowest), more);
-        const float here = V::top(V::max(most, more)) * s.scale;
-        return here > *s.top ? here : *s.top;
+        return V::top(V::max(most, more)) * s.scale;
+    }
+
+    static float power_of_2(float x) {
+        float powers[LANES];
+        V::store(powers, Math<V>::exp2(V::set(x)));
+        return powers[0];
+    }
+
+    // The whole weights of LANES scores.
+    static F whole(const float *scores, F scale, F minus) {
+        const F x = Math<V>::exp2_short(V::fma(V::load(scores), scale, minus));
+        return V::sub(V::add(x, V::set(ft::TO_WHOLE)), V::set(ft::TO_WHOLE));
+    }
+
+    // Weights in 127ths of the largest of these.
+    static float softmax_int8(const ft::Softmax &s) {
+        const float most = here(s);
+        ft::Int8Pixel &head = *reinterpret_cast<ft::Int8Pixel *>(s.out);
+        char *const out = reinterpret_cast<char *>(&head + 1);
+        const bool some = most > -__builtin_inff();
+        const F scale = V::set(s.scale), minus = V::set(some ? LOG2_127 - most : 0);
+        F sum = V::zero(), more = V::zero(); // whole numbers, exact
+        int i = 0;
+        for (; i + 2 * LANES <= s.valid; i += 2 * LANES) {
+            const F a = whole(s.scores + i, scale, minus);
+            const F b = whole(s.scores + i + LANES, scale, minus);
+            V::store_int8(out + i, a);
+            V::store_int8(out + i + LANES, b);
+            sum = V::add(sum, a);
+            more = V::add(more, b);
+        }
+        for (; i < s.padded; i += LANES) {
+            F p = V::zero();
+            if (i < s.valid) p = whole(s.scores + i, scale, minus);
+            if (i < s.valid && s.valid - i < LANES) p = V::keep(p, s.valid - i, V::zero());
+            V::store_int8(out + i, p);
+            sum = V::add(sum, p);
+        }
+        const float total = V::sum(V::add(sum, more)), before = *s.top;
+        const bool numbers = total == total;
+        if (most > before) *s.top = most;
+        head.sum = numbers ? int32_t(total) : 0;
+        head.scale = !numbers ? total : some ? power_of_2(most - *s.top) / 127 : 0;
+        const float alpha = *s.top == before ? 1 : power_of_2(before - *s.top);
+        *s.sum = *s.sum * alpha + float(head.sum) * head.scale;
+        return alpha;
     }
 
     static float softmax(const ft::Softmax &s) {
-        const float most = top(s);
+        if (s.type == FT_I8) return softmax_int8(s);
+        const float found = here(s), most = found > *s.top ? found : *s.top;
         const float shift = most == -__builtin_inff() ? 0 : most; // nothing so far: all are zero
         const float sum = typed(s.type, [&](auto rows) { return rows.softmax(s, shift); });
         float alpha = 1;
-        if (!(most == *s.top)) {
-            float powers[LANES];
-            V::store(powers, Math<V>::exp2(V::set(*s.top - shift)));
-            alpha = powers[0];
-        }
+        if (!(most == *s.top)) alpha = power_of_2(*s.top - shift);
         *s.sum = *s.sum * alpha + sum;
         *s.top = most;
         return alpha;

@@ -29,7 +29,7 @@ struct Rows { // as the fields of Kernels
 };
 
 extern const Tiles scalar_tiles, avx2_tiles, avx512_tiles, avx512_vnni_tiles, avx512_bf16_tiles,
-    amx_tiles, neon_tiles, neon_dot_tiles, neon_bf16_tiles;
+    amx_tiles, neon_tiles, neon_dot_tiles, neon_bf16_tiles, neon_i8mm_tiles;
 extern const Rows scalar_rows, avx2_rows, avx512_rows, avx512_bf16_rows, neon_rows;
 extern const WinogradKernels scalar_winograd, avx2_winograd, avx512_winograd, avx512_bf16_winograd,
     neon_winograd;

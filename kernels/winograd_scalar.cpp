@@ -1,6 +1,7 @@
 // The transforms of F(2x2, 3x3) as the formulas: V = B^T d B, U = G w G^T, Y = A^T M A.
 #include "simd_scalar.h"
 #include "tables.h"
+#include "winograd_int8.h"
 
 namespace ft {
 namespace {
@@ -9,15 +10,21 @@ const float B[4][4] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}
 const float G[4][3] = {{1, 0, 0}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0, 0, 1}};
 const float A[2][4] = {{1, 1, 1, 0}, {0, 1, -1, -1}}; // A^T
 
-// out = left in left^T, ROWS x ROWS from SIDE x SIDE
+// out = left in left^T, ROWS x ROWS from SIDE x SIDE; columns first, so that sums of whole numbers
+// and those of every instruction set have the same bits.
 template <int ROWS, int SIDE> void both_sides(const float (&left)[ROWS][SIDE],
                                               const float (&in)[SIDE][SIDE],
                                               float (&out)[ROWS][ROWS]) {
+    float t[ROWS][SIDE] = {};
+    for (int i = 0; i < ROWS; i++)
+        for (int l = 0; l < SIDE; l++)
+            for (int k = 0; k < SIDE; k++)
+                if (left[i][k] != 0) t[i][l] += left[i][k] * in[k][l];
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < ROWS; j++) {
             out[i][j] = 0;
-            for (int k = 0; k < SIDE; k++)
-                for (int l = 0; l < SIDE; l++) out[i][j] += left[i][k] * in[k][l] * left[j][l];
+            for (int l = 0; l < SIDE; l++)
+                if (left[j][l] != 0) out[i][j] += t[i][l] * left[j][l];
         }
 }
 
@@ -53,6 +60,6 @@ void output(float *out, const float *sums, int64_t position, int n) {
 
 } // namespace
 
-const WinogradKernels scalar_winograd = {input, weights, output};
+const WinogradKernels scalar_winograd = {input, weights, winograd_weights_int8, output};
 
 } // namespace ft

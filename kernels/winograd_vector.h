@@ -1,6 +1,7 @@
 // The transforms of F(2x2, 3x3) as templates over vectors.  Include after the target pragma.
 #pragma once
 #include "rows_vector.h"
+#include "winograd_int8.h"
 
 namespace {
 
@@ -102,7 +103,7 @@ template <class V> void winograd_output(float *out, const float *sums, int64_t p
 }
 
 template <class V> constexpr ft::WinogradKernels winograd_kernels() {
-    return {winograd_input<V>, winograd_weights<V>, winograd_output<V>};
+    return {winograd_input<V>, winograd_weights<V>, winograd_weights_int8, winograd_output<V>};
 }
 
 } // namespace

@@ -150,6 +150,8 @@ def _component(
     spec, files = source.component(component), open_files(source, component)
     requests = models.weights(component, spec.config, spec.outputs)
     few_bits, kept = native.choose(component, requests, recipe)
+    own = exception(source, component, activations)
+    activations = own or activations
     plain = TYPES[UNQUANTIZED[activations]]
     places = native.layout(requests, plain, few_bits, activations == INT8)
     folder = staged / spec.path
@@ -175,7 +177,16 @@ def _component(
     shapes = _default_shapes(source, component)
     kind = activation_type(activations) or Type.F32
     memory = native.memory(component, spec.config, spec.outputs, shapes, places, kind)
-    return dataclasses.replace(spec, memory=memory), layers
+    return dataclasses.replace(spec, memory=memory, activations=own), layers
+
+
+def exception(source: Bundle, component: str, activations: str) -> str:
+    """What a component computes in if not in `activations`; empty if it does.
+
+    What overflowed does so again, if all the others compute in what they did.
+    """
+    same = activations == source.manifest.precision.activations
+    return source.component(component).activations if same else ""
 
 
 def _default_shapes(source: Bundle, component: str) -> models.Shapes:

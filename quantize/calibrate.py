@@ -6,12 +6,13 @@ matrix products are added up.  No data set is needed but prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Sizes
 from ..errors import FerrotypeError
 from ..kernels import Kind
 from ..runtime.engines import Arrays
@@ -20,6 +21,7 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.program import Node, padded
 from ..runtime.seeds import SEEDS
 
+SIDE, STEPS = 256, 4  # of the pictures that are measured with, at most, if nobody says otherwise
 MAX_PIXELS = 4096  # of an op's input that are added up in a run: evenly spread
 PROMPTS = (
     "a red apple on a sky blue background",
@@ -68,8 +70,9 @@ def calibrate(
 ) -> Statistics:
     """Draw every prompt with every seed and add up what each matrix reads.
 
-    The picture goes back through the encoder, so that it is calibrated as well.  Raises
-    CalibrationError without prompts or seeds, or if `bundle` is not a native one.
+    `size` and `steps` are `small` and `few` if not given.  The picture goes back through the
+    encoder, so that it is calibrated as well.  Raises CalibrationError without prompts or seeds, or
+    if `bundle` is not a native one.
     """
     if not prompts or not seeds:
         raise CalibrationError("nothing to calibrate with: give at least one prompt and one seed")
@@ -85,6 +88,7 @@ def calibrate(
         engines[name] = _Watched(bundle, name, found)
         return engines[name]
 
+    size, steps = size or small(bundle.manifest.sizes), steps or few(bundle)
     pipe = Pipeline(bundle, resident=True, opener=opened)
     for prompt in prompts:
         progress(prompt)
@@ -96,6 +100,25 @@ def calibrate(
             if "vae_encoder" in bundle.manifest.components:
                 pipe.encode_image(picture, picture.size, SEEDS["torch"](seed))
     return found
+
+
+def small(sizes: Sizes) -> tuple[int, int]:
+    """The default size, or the same shape with sides up to SIDE if that can be drawn."""
+    if sizes.allowed is not None:
+        return min(sizes.allowed, key=math.prod)
+    scale = min(1.0, SIDE / max(sizes.default))
+    width, height = (
+        max(-(-sizes.minimum // sizes.multiple), round(scale * side / sizes.multiple))
+        * sizes.multiple
+        for side in sizes.default
+    )
+    return width, height
+
+
+def few(bundle: Bundle) -> int:
+    """The recipe's steps, up to STEPS; half of them where pictures are larger than SIDE."""
+    large = max(bundle.manifest.sizes.default) > SIDE
+    return min(STEPS // 2 if large else STEPS, bundle.manifest.recipe.steps)
 
 
 class _Watched:

@@ -34,12 +34,13 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.program import LINE, TYPES, Packed, Weight, round_up
 from ..runtime.seeds import SEEDS
 from . import native
-from .apply import written
-from .calibrate import PROMPTS, CalibrationError, Statistics
+from .apply import exception, written
+from .calibrate import PROMPTS, CalibrationError, Statistics, few, small
 from .recipe import UNQUANTIZED, Recipe, RecipeError, Rule, parse
 
 UNITS = 1 << 13  # that the bytes are counted in
 KEPT = "fp16"  # how a recipe says that a matrix stays as it is stored
+DECODED = 16  # trials of a component whose picture is looked at, not only its latents
 STEP = 0.002  # of the bytes, by which a search for a floor ends
 
 
@@ -140,6 +141,30 @@ def within(table: Table, budget: int) -> list[str]:
     return chosen[::-1]
 
 
+def frontier(table: Table, points: int = 24) -> list[dict[str, float]]:
+    """The best of every size: bytes of the files, mean bits and dB, from the least to the most."""
+    sizes = [[b for b, _ in choice.forms.values()] for choice in table.choices]
+    low, high = (table.rest + sum(map(pick, sizes)) for pick in (min, max))
+    found = []
+    for size in np.geomspace(low * (1 + STEP), high, points):
+        forms = within(table, math.ceil(size))
+        found.append(_point(table, forms))
+    return [p for i, p in enumerate(found) if p not in found[:i]]
+
+
+def uniform_points(table: Table) -> dict[str, dict[str, float]]:
+    """What recipes of one form come to, by form."""
+    return {form: _point(table, [*uniform(table, form)]) for form in native.FORMS}
+
+
+def _point(table: Table, forms: Sequence[str]) -> dict[str, float]:
+    return {
+        "bytes": table.bytes_of(forms),
+        "bits": round(table.bits_of(forms), 3),
+        "psnr": round(table.psnr_of(forms), 2),
+    }
+
+
 def at_least(table: Table, psnr: float) -> list[str]:
     """The forms with the fewest bytes whose errors add up to no less than so many dB.
 
@@ -197,13 +222,13 @@ def measure(
 ) -> Table:
     """Draw with every matrix in every form, one at a time; a native bundle of plain weights.
 
-    Raises CalibrationError without prompts or seeds.
+    `size` and `steps` as in calibrate.  Raises CalibrationError without prompts or seeds.
     """
     if not prompts or not seeds:
         raise CalibrationError("nothing to measure with: give at least one prompt and one seed")
     activations = activations or bundle.manifest.precision.activations
+    size, steps = size or small(bundle.manifest.sizes), steps or few(bundle)
     lab = _Lab(bundle, [(p, s) for p in prompts for s in seeds], size, steps)
-    plain = TYPES[UNQUANTIZED[activations]]
     requests = {
         name: models.weights(name, spec.config, spec.outputs)
         for name, spec in bundle.manifest.components.items()
@@ -212,6 +237,8 @@ def measure(
     rest, choices = 0, []
     for component, packed in requests.items():
         engine = lab.engine(component)
+        computed = exception(bundle, component, activations) or activations
+        plain = TYPES[UNQUANTIZED[computed]]
         for request in packed:
             if not request.is_matrix:
                 rest += round_up(request.bytes(Type.F32)[0], LINE)
@@ -260,6 +287,9 @@ class _Lab:
         self._engines: dict[str, _Variable] = {}
         self._pipe = self._fresh()
         self._latents, self._pictures = [], []
+        # Squared error of the picture to that of its latents, by component: much the same whichever
+        # layer it comes from, so that few pictures must be decoded.
+        self._gains: dict[str, list[float]] = {}
         for prompt, seed in runs:
             self._latents.append(self._sampled(self._pipe, prompt, seed))
             self._pictures.append(self._pipe.decode_array(self._latents[-1]))
@@ -281,15 +311,19 @@ class _Lab:
             pairs = zip(self._encoded, self._encode(), strict=True)
             spread = np.mean([np.var(p) for p in self._pictures])
             return float(np.mean([np.mean((a - b) ** 2) / np.var(a) for a, b in pairs]) * spread)
+        if component == "vae_decoder":
+            return self._decoded_error(self._latents)
         pipe = self._fresh() if component in TEXT_ENCODERS else self._pipe
-        total = 0.0
-        for (prompt, seed), latents, picture in zip(
-            self._runs, self._latents, self._pictures, strict=True
-        ):
-            if component != "vae_decoder":
-                latents = self._sampled(pipe, prompt, seed)
-            total += float(np.mean((pipe.decode_array(latents) - picture) ** 2))
-        return total / len(self._runs)
+        found = [self._sampled(pipe, prompt, seed) for prompt, seed in self._runs]
+        error, gains = _mean_square(found, self._latents), self._gains.setdefault(component, [])
+        if len(gains) >= DECODED or error == 0:
+            return error * float(np.median(gains or [0.0]))
+        decoded = self._decoded_error(found)
+        gains.append(decoded / error)
+        return decoded
+
+    def _decoded_error(self, latents: Sequence[np.ndarray]) -> float:
+        return _mean_square([self._pipe.decode_array(x) for x in latents], self._pictures)
 
     def _fresh(self) -> Pipeline:
         """One that knows no prompt yet."""
@@ -303,6 +337,10 @@ class _Lab:
         """Latents of the first picture, from the encoder."""
         picture = self._pipe.decode(self._latents[0])
         return [self._pipe.encode_image(picture, picture.size, SEEDS["torch"](0))]
+
+
+def _mean_square(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    return float(np.mean([np.mean((a - b) ** 2) for a, b in zip(found, expected, strict=True)]))
 
 
 class _Variable:

@@ -91,8 +91,8 @@ def choose(
 ) -> tuple[dict[str, Type], dict[str, str]]:
     """What matrices that a recipe quantizes are stored as, by name; why the others are not.
 
-    Tensors that are joined take the form of the first.  Raises RecipeError for another form than
-    w8 and w4, which are what the engine multiplies.
+    Tensors that are joined take the form of most bits that one of them has.  Raises RecipeError for
+    another form than w8 and w4, which are what the engine multiplies.
     """
     few_bits, kept = {}, {}
     for request in requests:
@@ -100,7 +100,8 @@ def choose(
             continue
         taps = (request.side, request.side) if request.side > 1 else ()
         shape = (request.outputs, sum(request.inputs), *taps)
-        form, why = recipe.choose(component, request.sources[0], shape)
+        forms = [recipe.choose(component, source, shape) for source in request.sources]
+        form, why = max(forms, key=lambda found: found[0].bits)
         if form.quantizes:
             few_bits[request.name] = _type_of(form)
         else:

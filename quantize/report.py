@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import parity
 from ..bundle import Bundle
+from ..runtime.memory import MIB
 from ..runtime.pipeline import Pipeline
 
 PROMPTS = (  # none of them is one of calibrate.PROMPTS
@@ -30,6 +32,8 @@ GAP, LINE = 8, 20
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 WINDOW, SIGMA = 11, 1.5
 AMPLIFIED = 8
+PAGE, PLOT = (680, 400), (70, 40, 630, 350)  # pixels: of a plot, and of what is inside its axes
+GRID, CURVE, CHOSEN = "#dddddd", "#2277bb", "#cc2222"
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,47 @@ def sheet(drawn: Sequence[Drawn]) -> Image.Image:
         pen.text((GAP, top + h + 2), label, "black", font)
         right = across - GAP - pen.textlength(figure, font)
         pen.text((right, top + h + 2), figure, "black", font)
+    return page
+
+
+def frontier(
+    curve: Sequence[Mapping[str, float]],
+    uniform: Mapping[str, Mapping[str, float]],
+    chosen: float,
+) -> Image.Image:
+    """Size against quality: the best of every size, recipes of one form, and the bytes chosen.
+
+    Points are those of `mixed.frontier` and `mixed.uniform_points`.
+    """
+    every = [*curve, *uniform.values()]
+    sizes, dbs = [p["bytes"] / MIB for p in every], [p["psnr"] for p in every]
+    left, top, right, bottom = PLOT
+    low, high = (pick(dbs) for pick in (min, max))
+
+    def place(mib: float, db: float) -> tuple[float, float]:
+        x = left + (right - left) * math.log(mib / min(sizes)) / math.log(max(sizes) / min(sizes))
+        return x, bottom - (bottom - top) * (db - low) / max(high - low, 1e-9)
+
+    page = Image.new("RGB", PAGE, "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for db in range(10 * math.ceil(low / 10), math.floor(high) + 1, 10):
+        y = place(min(sizes), db)[1]
+        pen.line((left, y, right, y), GRID)
+        pen.text((left - 8, y), f"{db} dB", "black", font, "rm")
+    for mib in np.geomspace(min(sizes), max(sizes), 5):
+        x = place(mib, low)[0]
+        pen.line((x, bottom, x, bottom + 5), "black")
+        pen.text((x, bottom + 8), f"{mib:,.3g} MiB", "black", font, "mt")
+    pen.line([place(p["bytes"] / MIB, p["psnr"]) for p in curve], CURVE, 2)
+    for form, point in uniform.items():
+        x, y = place(point["bytes"] / MIB, point["psnr"])
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), "black")
+        pen.text((x + 8, y - 6), f"{form} for all", "black", font, "lb")
+    at = np.interp(chosen, [p["bytes"] for p in curve], [p["psnr"] for p in curve])
+    x, y = place(chosen / MIB, float(at))
+    pen.ellipse((x - 6, y - 6, x + 6, y + 6), CHOSEN)
+    pen.text((x - 10, y - 8), f"chosen: {chosen / MIB:,.1f} MiB", CHOSEN, font, "rb")
+    pen.text((left, 12), "weights against the picture's expected PSNR", "black", font)
     return page
 
 

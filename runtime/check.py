@@ -56,7 +56,7 @@ def compare(
     try:
         prompt, seed, steps = (shown[key] for key in options)
         size = tuple(shown["size"])
-        *_, last = pipe.steps(prompt, seed=seed, steps=steps, size=size)
+        *_, last = pipe.steps(prompt, seed=seed, steps=steps, size=size, force=True)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{bundle.folder}: parity.picture is not valid: {error}") from None
     found = pipe.decode_array(last.latents)

@@ -19,6 +19,7 @@ from typing import Any
 from .. import kernels
 from ..bundle import Bundle, Memory, strict_json
 from ..errors import FerrotypeError
+from . import recipes
 from .memory import format_bytes
 
 PATH = Path(__file__).with_name("devices.json")
@@ -375,7 +376,9 @@ def examine(
 
 
 def new_run(bundle: Bundle, size: tuple[int, int] | None, steps: int | None) -> Any:
-    """The run that the bundle's recipe makes; ValueError for a size that it does not draw.
+    """The run that the bundle's recipe makes.
+
+    ValueError for a size that it does not draw, RecipeRefusal for steps that it does not take.
 
     An app draws again, so a plan keeps what it can: one that loads in turns is the second best.
     """
@@ -384,6 +387,7 @@ def new_run(bundle: Bundle, size: tuple[int, int] | None, steps: int | None) -> 
     embedded = "timestep_cond" in bundle.component("unet").inputs
     passes = 1 if manifest.recipe.guidance in (0, 1) or embedded else 2
     steps = steps or manifest.recipe.steps
+    recipes.check(dataclasses.replace(manifest.recipe, steps=steps), manifest.recipe, otherwise="")
     return _planner().Run(size=size, steps=steps, passes=passes, repeats=True)
 
 
@@ -570,11 +574,8 @@ def _on_neural_engine(case: _Case) -> bool:
 
 
 def _overflowing(bundle: Bundle) -> list[str]:
-    """Components that the conversion kept in fp32 and noted; the report is free-form."""
-    notes = bundle.manifest.parity.get("notes")
-    texts = [n for n in notes if isinstance(n, str)] if isinstance(notes, list) else []
-    kept = {text.split(":")[0] for text in texts if text.endswith("is kept in fp32")}
-    return [name for name in bundle.manifest.components if name in kept]
+    """Components that the conversion kept in fp32."""
+    return [name for name, part in bundle.manifest.components.items() if part.activations]
 
 
 def _off_gpu(case: _Case) -> Iterator[Off]:

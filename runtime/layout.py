@@ -34,6 +34,7 @@ class Layout:
     live: tuple[int, ...]  # bytes in use during each op, scratch included
     touched: tuple[int, ...]  # bytes from the start of the arena that ops so far have written
     scratch: tuple[int, ...]  # bytes of it
+    ends: tuple[int, ...]  # bytes from the start to the end of what is in use during each op
 
     @property
     def peak(self) -> int:
@@ -74,6 +75,7 @@ def lay_out(graph: Graph, weights: Mapping[str, Weight], scratch: Callable[[Op],
         tuple(_live(pieces, len(ops))),
         tuple(_touched(pieces, starts, len(ops))),
         tuple(needs),
+        tuple(_ends(pieces, starts, len(ops))),
     )
 
 
@@ -150,6 +152,15 @@ def _touched(pieces: list[_Buffer], starts: list[int], count: int) -> list[int]:
     for piece, start in zip(pieces, starts, strict=True):
         ends[piece.first] = max(ends[piece.first], start + piece.bytes)
     return np.maximum.accumulate(ends).tolist()
+
+
+def _ends(pieces: list[_Buffer], starts: list[int], count: int) -> list[int]:
+    """Bytes from the start of the arena above which nothing is in use, by op."""
+    ends = np.zeros(count, np.int64)
+    for piece, start in zip(pieces, starts, strict=True):
+        during = ends[piece.first : piece.last + 1]
+        np.maximum(during, start + piece.bytes, out=during)
+    return ends.tolist()
 
 
 # --- places -------------------------------------------------------------------------------------

@@ -354,6 +354,10 @@ class Recording:
             raise ValueError(f"not a memory trace: {error}") from None
 
 
+class TraceError(FerrotypeError):
+    """This system does not tell what a process has in memory."""
+
+
 class Trace:
     """Samples this process's memory on a thread from entering to leaving; see `recording` then.
 
@@ -382,7 +386,7 @@ class Trace:
 
     def __enter__(self) -> Trace:
         if (now := read()) is None or now.resident is None:
-            raise FerrotypeError(
+            raise TraceError(
                 f"{platform.system()} does not say how much memory a process has, "
                 "so there is no trace: run it on Linux, or without one"
             )

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from .. import bundle as bundles
 from .. import kernels
 from ..bundle import TEXT_ENCODERS, Bundle, Recipe
 from ..errors import FerrotypeError
-from . import memory, samplers, schedules, tiles
+from . import memory, prompts, recipes, samplers, schedules, tiles
 from . import plan as plans
 from .engines import Arrays, Engine, open_engine
 from .engines.native import Arena
@@ -26,7 +26,7 @@ from .memory import parse_bytes
 from .plan import Plan, Run, Stage
 from .samplers import Step, Table
 from .seeds import SEEDS, Noise
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, Tokens
 
 Array32 = npt.NDArray[np.float32]
 
@@ -106,7 +106,8 @@ class Pipeline:
         self._resident, self._watch = resident, watch
         self._arena = Arena()
         self._engines: dict[str, tuple[Stage | None, Engine]] = {}
-        self._texts: dict[str, Text] = {}
+        self._texts: dict[tuple[str, int], Text] = {}
+        self._tokens: dict[str, dict[str, Tokens]] = {}
         self.planned: Plan | None = None  # of the run before, for what is asked for apart
 
     @classmethod
@@ -138,12 +139,14 @@ class Pipeline:
         guidance: float | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        force: bool = False,
     ) -> Recipe:
         """The bundle's recipe with what the caller changes.
 
-        Raises ValueError for a value that no sampler takes.
+        Raises ValueError for a value that no sampler takes, recipes.RecipeRefusal for one that the
+        model was not distilled for, unless `force`.
         """
-        recipe = self.manifest.recipe
+        recipe = own = self.manifest.recipe
         if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance is {guidance}: it must be from 0 to {MAX_GUIDANCE:g}")
         if sampler is not None and sampler != recipe.sampler:
@@ -155,13 +158,18 @@ class Pipeline:
                 eta=samplers.ETA.get(sampler, 0.0),
                 timesteps=(),
             )
-        return dataclasses.replace(
+        recipe = dataclasses.replace(
             recipe,
             steps=recipe.steps if steps is None else steps,
             guidance=recipe.guidance if guidance is None else guidance,
             spacing=recipe.spacing if spacing is None else spacing,
             eta=recipe.eta if eta is None else eta,
         )
+        if not force:
+            recipes.check(recipe, own)
+        elif own.name and (recipe.steps, recipe.spacing) != (own.steps, own.spacing):
+            recipe = dataclasses.replace(recipe, timesteps=())  # those were of its own steps
+        return recipe
 
     @property
     def pixels_per_latent(self) -> int:
@@ -174,39 +182,86 @@ class Pipeline:
         guidance: float,
         size: tuple[int, int] | None = None,
         flops: float = plans.FLOPS,
+        chunks: int = 1,
     ) -> Plan:
         """How a run fits the budget: what is loaded, and the most that is in memory.
 
-        `flops`: what the machine multiplies in a second, for rough times.  Raises plan.Refusal.
+        `chunks` are those of the prompts.  `flops`: what the machine multiplies in a second, for
+        rough times.  Raises plan.Refusal.
         """
         size = size or self.manifest.sizes.default
         passes = 2 if self._two_passes(guidance) else 1
-        run = Run(size, len(table.rows), passes, bool(table.start_image), self._resident)
+        image = bool(table.start_image)
+        run = Run(size, len(table.rows), passes, image, self._resident, chunks=chunks)
         return plans.make(
             self.bundle, run, self.budget, self._threads, self._isa, self._tiles, flops
         )
 
     # --- the stages -----------------------------------------------------------------------------
 
-    def encode(self, prompt: str) -> Text:
-        """What the text encoders say of a prompt; kept for the next call.
+    def chunks(self, *texts: str) -> int:
+        """How many chunks the longest of these prompts takes; 1 where the U-Net reads no more.
 
-        Warns with PromptWarning when the prompt is longer than the text encoder reads.
+        Raises ValueError for a weight out of range.
         """
-        if prompt not in self._texts:
-            names = self._text_encoders
+        for text in texts:
+            prompts.parse(text)
+        return max(1 if self._is_short(text) else self._chunks_of(text) for text in texts)
+
+    def encode(self, prompt: str, chunks: int | None = None) -> Text:
+        """What the text encoders say of a prompt, with its weights; kept for the next call.
+
+        `chunks` are at least as many as it takes, for one beside a longer one.  Warns with
+        PromptWarning where the end of the prompt is not read.
+        """
+        key = prompt, self.chunks(prompt) if chunks is None else chunks
+        if key not in self._texts:
+            tokens = self._tokens_of(prompt)
             self._make_room()
-            tokens = [Tokenizer(self.bundle, TEXT_ENCODERS[name])(prompt) for name in names]
+            parts = [self._encode(name, t.padded(key[1])) for name, t in tokens.items()]
+            states = np.concatenate([states for states, _ in parts], axis=-1)
+            _keep(self._texts, key, Text(states, parts[-1][1]))
+        return self._texts[key]
+
+    def _encode(self, encoder: str, tokens: Tokens) -> tuple[Array32, Array32 | None]:
+        """Weighted states of all chunks in a row, and the pooled ones of the first."""
+        outputs = [self._run(encoder, {"input_ids": row[None]}) for row in tokens.ids]
+        name = bundles.states_of(outputs[0])
+        states = np.concatenate([out[name] for out in outputs], axis=1)
+        normed = name == "last_hidden_state"  # what SDXL reads is not, and its mean means nothing
+        weighted = prompts.weigh(states, tokens.weights.reshape(1, -1), restore=normed)
+        return weighted, outputs[0].get("text_embeds")
+
+    def _tokens_of(self, prompt: str) -> dict[str, Tokens]:
+        """A prompt's tokens by text encoder, all in the same number of chunks; kept."""
+        if prompt not in self._tokens:
+            self._make_room()
+            most = prompts.MAX_CHUNKS if self._reads_chunks else 1
+            found = {
+                name: Tokenizer(self.bundle, TEXT_ENCODERS[name]).chunks(prompt, most)
+                for name in self._text_encoders
+            }
             memory.trim()  # the tokenizers' tables are tens of megabytes
-            for told in dict.fromkeys((t.dropped, t.ids.shape[1]) for t in tokens if t.dropped):
-                warnings.warn(_dropped(*told), PromptWarning, 2)
-            while len(self._texts) >= CACHED_PROMPTS:
-                del self._texts[next(iter(self._texts))]
-            pairs = zip(names, tokens, strict=True)
-            outputs = [self._run(name, {"input_ids": t.ids}) for name, t in pairs]
-            states = np.concatenate([out[bundles.states_of(out)] for out in outputs], axis=-1)
-            self._texts[prompt] = Text(states, outputs[-1].get("text_embeds"))
-        return self._texts[prompt]
+            for told in dict.fromkeys((t.dropped, t.ids.size) for t in found.values() if t.dropped):
+                warnings.warn(_dropped(*told), PromptWarning, 3)
+            count = max(len(tokens.ids) for tokens in found.values())
+            _keep(self._tokens, prompt, {n: tokens.padded(count) for n, tokens in found.items()})
+        return self._tokens[prompt]
+
+    def _chunks_of(self, prompt: str) -> int:
+        return max(len(tokens.ids) for tokens in self._tokens_of(prompt).values())
+
+    def _is_short(self, prompt: str) -> bool:
+        """Whether it is one chunk for certain: every token is of one character or more."""
+        room = min((t.max_length for t in self.manifest.tokenizers.values()), default=0) - 2
+        short = prompt.isascii() and len(prompt) <= room and "BREAK" not in prompt
+        return short or not self._reads_chunks
+
+    @property
+    def _reads_chunks(self) -> bool:
+        """Whether the U-Net takes text of any length."""
+        context = self.bundle.component("unet").inputs.get("encoder_hidden_states")
+        return context is not None and isinstance(context.shape[1], str)
 
     def steps(
         self,
@@ -223,14 +278,16 @@ class Pipeline:
         spacing: str | None = None,
         eta: float | None = None,
         rng: str = "torch",
+        force: bool = False,
     ) -> Iterator[Step]:
         """Denoise, yielding a Step after each; its `latents` are (1, 4, height/8, width/8).
 
         `size` is (width, height).  With `image`, start from it: `strength` 1 forgets it, near 0
         keeps it.  Whoever iterates owns progress, preview and cancelling: closing ends the run.
-        Arguments are checked here, before the first step: ValueError says what would work.
+        Arguments are checked here, before the first step: ValueError says what would work, also
+        where the bundle's recipe does not allow them, unless `force`.
         """
-        recipe = self.recipe(steps, sampler, guidance, spacing, eta)
+        recipe = self.recipe(steps, sampler, guidance, spacing, eta, force)
         size = self.manifest.sizes.check(size or self.manifest.sizes.default)
         table = samplers.table(recipe, None if image is None else strength)
         noise = schedules.choose("rng", rng, SEEDS)(seed)
@@ -239,16 +296,20 @@ class Pipeline:
                 f"a negative prompt has no effect at guidance {recipe.guidance:g} with this model: "
                 "leave it out" + ("" if self._embeds_guidance else " or set guidance above 1")
             )
-        if not self._opener:  # engines of others have no plan
+        if not self._opener:  # engines of others have no plan; before tokenizers take their room
             self.planned = self.plan(table, recipe.guidance, size)
-        plan = self.planned
-        return self._denoise(plan, prompt, negative, recipe.guidance, table, noise, size, image)
+        chunks = self.chunks(prompt, negative)
+        if chunks > 1 and not self._opener:
+            self.planned = self.plan(table, recipe.guidance, size, chunks=chunks)
+        plan, guidance = self.planned, recipe.guidance
+        return self._denoise(plan, prompt, negative, chunks, guidance, table, noise, size, image)
 
     def _denoise(
         self,
         plan: Plan | None,
         prompt: str,
         negative: str,
+        chunks: int,
         guidance: float,
         table: Table,
         noise: Noise,
@@ -256,11 +317,11 @@ class Pipeline:
         image: Image.Image | None,
     ) -> Iterator[Step]:
         self.planned = plan
-        text = self.encode(prompt)
+        text = self.encode(prompt, chunks)
         negative_text = None
         if self._two_passes(guidance):
             zeros = self.manifest.recipe.zero_negative and not negative
-            negative_text = _zeros_like(text) if zeros else self.encode(negative)
+            negative_text = _zeros_like(text) if zeros else self.encode(negative, chunks)
         latents = None if image is None else self.encode_image(image, size, noise)
         side = self.pixels_per_latent
         channels = self.bundle.component("vae_decoder").config["latent_channels"]
@@ -359,6 +420,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         image: Image.Image | None = None,
         strength: float = 0.6,
+        force: bool = False,
     ) -> Image.Image:
         """The short way: every step, then the picture.  Arguments as in `steps`."""
         *_, last = self.steps(
@@ -371,6 +433,7 @@ class Pipeline:
             size=size,
             image=image,
             strength=strength,
+            force=force,
         )
         picture = self.decode(last)
         if not self._resident:
@@ -446,16 +509,25 @@ class Pipeline:
     def _two_passes(self, guidance: float) -> bool:
         return guidance not in (0, 1) and not self._embeds_guidance
 
+    def guidance_frequencies(self) -> npt.NDArray[np.float64]:
+        """Those of the sinusoids of the guidance scale: (time_cond_proj_dim / 2,)."""
+        half = self.bundle.component("unet").config["time_cond_proj_dim"] // 2
+        return np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
+
     def _guidance_embedding(self, guidance: float) -> Array32:
         """Sinusoids of the guidance scale, as latent consistency models were trained with.
 
         Luo et al. 2023; (1, time_cond_proj_dim).
         """
-        width = self.bundle.component("unet").config["time_cond_proj_dim"]
-        half = width // 2
-        frequencies = np.exp(np.arange(half) * -(math.log(10000) / (half - 1)))
-        angles = 1000 * (guidance - 1) * frequencies
+        angles = 1000 * (guidance - 1) * self.guidance_frequencies()
         return np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)[None]
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add to a cache of prompts; the oldest goes."""
+    while len(cache) >= CACHED_PROMPTS:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 def _zeros_like(text: Text) -> Text:

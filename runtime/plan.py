@@ -23,7 +23,7 @@ from .engines.onnx import expands
 from .engines.onnx_memory import memory as onnx_memory
 from .layout import Layout
 from .memory import MIB, format_bytes, trim
-from .program import GraphError, Node, Weight
+from .program import Graph, GraphError, Node, Weight
 from .window import Schedule, schedule
 
 FORMAT = 1
@@ -40,6 +40,9 @@ TOKENIZER = 10
 # Bytes per pixel of arrays and the picture; those before the encoder runs are gone when it does.
 PIXEL, BEFORE = {"vae_decoder": 20, "vae_encoder": 20}, {"vae_encoder": 52}
 LATENT = 12  # arrays of latents that a sampler holds
+# Bytes per value of the states of a prompt's further chunks: of two prompts, the pieces they are
+# joined from, and what an engine makes of them.
+TEXT = 24
 # Rough speeds, as parts of what the multiply-accumulate loop reaches (results/native_ops.md).
 LINEAR, WINOGRAD, DOUBLED, ATTENTION, NARROW = 0.85, 1.7, 2.05, 0.6, 1.6
 FLOPS = 4e11  # where nobody measured
@@ -54,6 +57,7 @@ class Run:
 
     `image`: it starts from a picture.  `repeats`: more will follow, so what fits stays loaded.
     `streams`: whether the system that runs it can stream weights, if that is not this one.
+    `chunks`: of the longest prompt, each as long as what the text encoder reads at once.
     """
 
     size: tuple[int, int]
@@ -62,6 +66,7 @@ class Run:
     image: bool = False
     repeats: bool = False
     streams: bool | None = None
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def components(bundle: Bundle, run: Run) -> list[tuple[str, int]]:
     texts = 1 if bundle.manifest.recipe.zero_negative else run.passes
     names = [name for name in TEXT_ENCODERS if name in bundle.manifest.components]
     counts = {
-        **dict.fromkeys(names, texts),
+        **dict.fromkeys(names, texts * run.chunks),
         "vae_encoder": int(run.image),
         "unet": run.passes * run.steps,
         "vae_decoder": 1,
@@ -295,7 +300,16 @@ class _Case:
         decoder = self.bundle.component("vae_decoder").config
         side = 2 ** (len(decoder["block_out_channels"]) - 1)
         latents = 4 * decoder["latent_channels"] * self.run.size[0] * self.run.size[1] // side**2
-        return HOST + PER_THREAD * self.threads + LATENT * latents
+        return HOST + PER_THREAD * self.threads + LATENT * latents + TEXT * self.more_text
+
+    @property
+    def more_text(self) -> int:
+        """Values of a prompt's states beyond the first chunk, which is in HOST."""
+        if self.run.chunks == 1:
+            return 0
+        tokens = (self.run.chunks - 1) * _tokenizer(self.bundle, "text_encoder").max_length
+        width = self.bundle.component("unet").inputs["encoder_hidden_states"].shape[-1]
+        return tokens * int(width)
 
     def host(self, component: str, size: tuple[int, int]) -> int:
         """Bytes of arrays, and of what drives the engine."""
@@ -308,8 +322,8 @@ class _Case:
 
     def _native(self, component: str, runs: int, size: tuple[int, int]) -> Iterator[Stage]:
         files = open_files(self.bundle, component)
-        shapes = _shapes(self.bundle, component, size)
-        for bands in _bands(files, shapes):
+        shapes = shapes_of(self.bundle, component, size, self.run.chunks)
+        for bands in ways(files, shapes):
             cost = _cost(files, shapes, bands, self.threads, self.isa)
             seconds = runs * (cost.flops / self.flops + cost.bytes / BYTES)
             again = cost.weights / FAULTS
@@ -336,11 +350,14 @@ class _Case:
                 )
 
     def _onnx(self, component: str, runs: int, size: tuple[int, int]) -> Iterator[Stage]:
-        seconds = runs * _onnx_seconds(self.bundle, component, size)
-        for frugal in (False, True) if expands(self.bundle) else (False,):
+        seconds, more = _onnx_text(self.bundle, component, size, self.run.chunks)
+        seconds *= runs
+        for frugal in (False, True) if expands(self.bundle, component) else (False,):
             taken = onnx_memory(self.bundle, component, size, frugal)
+            text = (self.run.chunks - 1) * taken.activations if more is None else more
+            beside = taken.activations + taken.scratch + text
             yield Stage(
-                component, "staged", runs, taken.weights, taken.activations + taken.scratch,
+                component, "staged", runs, taken.weights, beside,
                 self.host(component, size), seconds, frugal=frugal,
             )  # fmt: skip
 
@@ -376,12 +393,14 @@ def _tokenizer(bundle: Bundle, encoder: str) -> Tokenizer:
     return bundle.manifest.tokenizers[name]
 
 
-def _shapes(bundle: Bundle, component: str, size: tuple[int, int]) -> models.Shapes:
-    """Of a component's inputs, for a picture of this size."""
+def shapes_of(
+    bundle: Bundle, component: str, size: tuple[int, int], chunks: int = 1
+) -> models.Shapes:
+    """Of a component's inputs, for a picture of this size and a prompt of so many chunks."""
     config = bundle.component(component).config
     decoder = bundle.component("vae_decoder").config
     side = 1 if component == "vae_encoder" else 2 ** (len(decoder["block_out_channels"]) - 1)
-    text = _tokenizer(bundle, "text_encoder").max_length
+    text = chunks * _tokenizer(bundle, "text_encoder").max_length
     return models.sizes(component, config, (size[0] // side, size[1] // side), text)
 
 
@@ -401,7 +420,7 @@ class _Cost:
     bytes: float  # moved by ops that do not multiply
 
 
-def _bands(files: Files, shapes: models.Shapes) -> Iterator[Bands | None]:
+def ways(files: Files, shapes: models.Shapes) -> Iterator[Bands | None]:
     """Ways to cut a component's images, fastest first."""
     yield None
     if files.component not in ("vae_decoder", "vae_encoder"):
@@ -431,10 +450,7 @@ def _work_out(
 ) -> _Cost:
     graph, layout = files.prepare(shapes, bands, threads, isa)
     passing = schedule(graph, files.places, files.bytes)
-    tables = {p.name for n in graph.nodes for p in (n.weight, n.bias) if p and p.form == "table"}
-    weights = files.bytes - sum(files.places[name].bytes for name in tables)
-    largest = max((r.bytes for r in passing.ranges), default=0)
-    windows = {passing.floor, passing.floor + largest}
+    weights = weights_but_tables(graph, files)
     work = [_work(node, files.places, isa) for node in graph.nodes]
     return _Cost(
         len(graph.nodes),
@@ -443,12 +459,17 @@ def _work_out(
         passing.rows,
         tuple(
             (w, w + layout.arena_bytes - _together(layout, passing, w))
-            for w in sorted(windows, reverse=True)
-            if w < weights
+            for w in passing.windows(weights)
         ),
         sum(flops for flops, _ in work),
         sum(moved for _, moved in work),
     )
+
+
+def weights_but_tables(graph: Graph, files: Files) -> int:
+    """Bytes of a component's file that are read whole: of tables only some rows are."""
+    tables = {p.name for n in graph.nodes for p in (n.weight, n.bias) if p and p.form == "table"}
+    return files.bytes - sum(files.places[name].bytes for name in tables)
 
 
 def _together(layout: Layout, passing: Schedule, window: int) -> int:
@@ -484,12 +505,25 @@ def _flops(node: Node) -> float:
     return 2.0 * pixels * node.weight.outputs * inputs
 
 
-def _onnx_seconds(bundle: Bundle, component: str, size: tuple[int, int]) -> float:
-    """Of one run by onnxruntime; 0 for a network that our own graphs do not know."""
+def _onnx_text(
+    bundle: Bundle, component: str, size: tuple[int, int], chunks: int
+) -> tuple[float, int | None]:
+    """Seconds of one run by onnxruntime, and bytes that it takes beyond what was measured.
+
+    Measured was one chunk of text; each more has keys and values in every layer that attends to it,
+    and the operator copies of them: up to 1.9 times as much was seen, twice is counted.  None for a
+    network that our own graphs do not know.
+    """
     config, outputs = bundle.component(component).config, bundle.component(component).outputs
     try:
-        shapes = _shapes(bundle, component, size)
+        shapes = shapes_of(bundle, component, size, chunks)
         graph = models.build(component, config, shapes, Type.F32, outputs)
     except GraphError:
-        return 0.0
-    return sum(map(_flops, graph.nodes)) / ONNX
+        return 0.0, None if component == "unet" else 0
+    seconds = sum(map(_flops, graph.nodes)) / ONNX
+    if component != "unet":
+        return seconds, 0
+    _, tokens, _ = shapes["encoder_hidden_states"]
+    reads = (n for n in graph.nodes if n.kind is Kind.ATTENTION and n.b and n.b.w == tokens)
+    more = tokens - tokens // chunks
+    return seconds, sum(4 * Type.F32.bytes * more * node.a.c for node in reads)

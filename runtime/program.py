@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import FerrotypeError
@@ -19,6 +19,7 @@ FEW_BITS = {"int8": Type.I8, "int4": Type.I4}  # of matrices alone
 STORED = {**TYPES, **FEW_BITS}
 INT8 = "int8"  # activations that are rounded to it where they meet weights of int8
 GROUP = 32  # inputs of int4 that share a scale
+NARROW_KEYS = 256  # where making int8 of an attention costs less than its products save
 LINE = 64  # bytes: alignment of every tensor
 SLICE = 32  # channels: a slice of a 16-bit tensor starts at a multiple of LINE
 
@@ -79,6 +80,20 @@ class Packed:
     def is_matrix(self) -> bool:
         """Whether it has the type of weights; all others are float32."""
         return self.form in ("matmul", "upsample", "geglu")
+
+    @property
+    def source_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those that its sources, joined, may have in a checkpoint: usually one.
+
+        A linear layer is a convolution of one pixel, and may be stored as either.
+        """
+        inputs = sum(self.inputs)
+        if self.form in ("vector", "geglu_vector"):
+            return ((self.outputs,),)
+        if self.form == "table":
+            return ((self.outputs, inputs),)
+        filters = (self.outputs, inputs, self.side, self.side)
+        return ((self.outputs, inputs), filters) if self.side == 1 else (filters,)
 
     def shape(self, weights: Type) -> tuple[int, ...]:
         """In the file; the inputs of bfloat16 matrices are in pairs, of int8 in fours.
@@ -299,6 +314,16 @@ class Graph:
     packed: tuple[Packed, ...]  # in the order of execution
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
+
+    def narrowed(self) -> Graph:
+        """The same with long self-attentions in products of int8."""
+        nodes = (
+            replace(node, settings={**node.settings, "narrow": 1})
+            if node.kind is Kind.ATTENTION and node.reads[1].h * node.reads[1].w >= NARROW_KEYS
+            else node
+            for node in self.nodes
+        )
+        return replace(self, nodes=tuple(nodes))
 
 
 # --- the builder --------------------------------------------------------------------------------

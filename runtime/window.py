@@ -24,15 +24,26 @@ class Schedule:
     rows: int  # bytes of tables that are read row by row, and never pass through
     left: tuple[int, ...]  # bytes of ranges that are not done with before each op
 
+    def windows(self, weights: int) -> list[int]:
+        """Bytes that `weights` can pass through, largest first: room for what comes next, or none.
 
-def schedule(graph: Graph, places: Mapping[str, Weight], file_bytes: int) -> Schedule:
+        Empty where as much as all of them would be needed.
+        """
+        largest = max((r.bytes for r in self.ranges), default=0)
+        sizes = {self.floor, self.floor + largest}
+        return [size for size in sorted(sizes, reverse=True) if size < weights]
+
+
+def schedule(
+    graph: Graph, places: Mapping[str, Weight], file_bytes: int, page: int = PAGE
+) -> Schedule:
     """What every op reads, in whole pages of a weights file of so many bytes."""
     uses: dict[tuple[int, int], list[int]] = {}
     rows = 0
     for index, node in enumerate(graph.nodes):
-        for extent in _extents(node, places, file_bytes):
+        for extent in _extents(node, places, file_bytes, page):
             uses.setdefault(extent, []).append(index)
-        rows += _rows_of_a_table(node, places)
+        rows += _rows_of_a_table(node, places, page)
     ranges = [
         Range(start, end - start, first, last)
         for (start, end), ops in uses.items()
@@ -43,13 +54,15 @@ def schedule(graph: Graph, places: Mapping[str, Weight], file_bytes: int) -> Sch
     return Schedule(tuple(ranges), _floor(ranges, count), rows, tuple(_left(ranges, count)))
 
 
-def _extents(node: Node, places: Mapping[str, Weight], file_bytes: int) -> list[tuple[int, int]]:
+def _extents(
+    node: Node, places: Mapping[str, Weight], file_bytes: int, page: int
+) -> list[tuple[int, int]]:
     """Whole pages that an op reads, those close to each other as one piece."""
     wanted = [p for p in (node.weight, node.bias) if p and p.form != "table"]
     found: list[tuple[int, int]] = []
     for place in sorted((places[p.name] for p in wanted), key=lambda place: place.offset):
-        start = place.offset // PAGE * PAGE
-        end = min(round_up(place.offset + place.bytes, PAGE), file_bytes)
+        start = place.offset // page * page
+        end = min(round_up(place.offset + place.bytes, page), file_bytes)
         if found and start - found[-1][1] < NEAR:
             found[-1] = found[-1][0], max(end, found[-1][1])
         else:
@@ -57,14 +70,14 @@ def _extents(node: Node, places: Mapping[str, Weight], file_bytes: int) -> list[
     return found
 
 
-def _rows_of_a_table(node: Node, places: Mapping[str, Weight]) -> int:
+def _rows_of_a_table(node: Node, places: Mapping[str, Weight], page: int) -> int:
     """Bytes of an embedding's tables that come into memory: a row for every id, what is near."""
     tables = [p for p in (node.weight, node.bias) if p and p.form == "table"]
     count = node.out.h * node.out.w
     return sum(
         min(
             places[t.name].bytes,
-            count * (round_up(places[t.name].bytes // t.outputs, PAGE) + FAULT_AROUND),
+            count * (round_up(places[t.name].bytes // t.outputs, page) + FAULT_AROUND),
         )
         for t in tables
     )

@@ -519,12 +519,54 @@ def winograd_error(x: np.ndarray, kernel: np.ndarray, kind: Type) -> np.ndarray:
     return own + sum_error(x.shape[2], total) + 12 * U * total
 
 
+def winograd_int8(x: np.ndarray, weight: np.ndarray, kind: Type) -> tuple[np.ndarray, np.ndarray]:
+    """A 3x3 convolution by Winograd's products of int8, and the sum of their sizes.
+
+    x, (h, w, inputs), is of a type, weight, (outputs, 3, 3, inputs), whole numbers.  A tile's
+    transformed pixels, sums in fp32 of columns and then of rows, become int8 by position.  Of
+    the transformed weights of an output, four times which are whole, the largest becomes 127, by a
+    factor of 15 bits whose product is cut to eighths before it is rounded.
+    """
+    h, w, _ = x.shape
+    room = np.pad(x, ((1, 1), (1, 1), (0, 0))).astype(np.float32)
+    d = [[room[i : i + h : 2, j : j + w : 2] for j in range(4)] for i in range(4)]
+
+    def combined(a: Any) -> list:
+        return [a[0] - a[2], a[1] + a[2], a[2] - a[1], a[1] - a[3]]
+
+    columns = [combined([d[i][j] for i in range(4)]) for j in range(4)]  # [j][i]
+    v = [combined([columns[j][i] for j in range(4)]) for i in range(4)]
+    u = np.einsum("ip,jq,npqk->nijk", 2 * WEIGHTS, 2 * WEIGHTS, weight).astype(np.int64)
+    most = np.maximum(127, abs(u).max((1, 2, 3)))
+    factor = np.where(most > 127, 127 * 32768 // most, 32767)
+    u = ((16 * u * factor[:, None, None, None] >> 16) + 4) >> 3
+    assert abs(u).max() <= 127
+    scale = np.where(most > 127, 8192 / factor, 0.25)
+    y, total = np.zeros((2, h // 2, 2, w // 2, 2, len(weight)))
+    for i, j in np.ndindex(4, 4):
+        whole = int8_pixels(rounded(v[i][j], kind))
+        for into, m, a in (
+            (y, whole @ u[:, i, j].T, SUMS),
+            (total, abs(whole) @ abs(u[:, i, j]).T, abs(SUMS)),
+        ):
+            into += np.einsum("a,b,yxn->yaxbn", a[:, i], a[:, j], m * scale)
+    return y.reshape(h, w, -1), total.reshape(h, w, -1)
+
+
 def int8_pixels(x: np.ndarray) -> np.ndarray:
     """(h, w, c) rounded to the nearest 127th of the largest of each pixel, a quotient in fp32."""
     largest = np.abs(x).max(2, keepdims=True).astype(np.float32)
     largest[largest < 1e-30] = np.inf  # zeros
     whole = np.rint(x * (np.float32(127) / largest).astype(np.float64))
     return whole * np.where(np.isinf(largest), 0, largest / np.float32(127)).astype(np.float64)
+
+
+def whole(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest 127th of the largest, ties away from zero."""
+    scale = largest.astype(np.float32) / np.float32(127)
+    per = np.where(largest < 1e-30, 0, 1 / np.where(largest < 1e-30, 1, scale)).astype(np.float32)
+    halves = np.trunc(x * per * 2).astype(np.int64)  # the product in float32
+    return np.sign(halves) * ((abs(halves) + 1) // 2) * scale.astype(float)
 
 
 def doubled(x: np.ndarray) -> np.ndarray:
@@ -553,7 +595,7 @@ class MatMul:
     residual: bool = False
     in_place: bool = False  # the result replaces the residual
     late: bool = False
-    winograd: int = 0  # 2: however small the image
+    winograd: int = 0  # 2: wherever it can be
     band: int = 0
     border: tuple[int, int] = (0, 0)  # of inputs, of the result
     wide: tuple[int, int] = (0, 0)
@@ -613,8 +655,10 @@ class MatMul:
         else:
             zeros = np.zeros((*size, self.n))
             out = build.tensor(zeros, out_kind, self.border[1], self.wide, out=True)
-        sources = [int8_pixels(t.values) if narrow else t.values for t in a]
-        y, error = self.reference(kind, sources, weight, bias, extra, size, not narrow)
+        sources = [t.values for t in a]
+        winograd = 2 if narrow and self.winograd else self.winograd  # the same products everywhere
+        own = np.frombuffer(scales, np.float32) if narrow else None
+        y, error = self.reference(kind, sources, weight, bias, extra, size, own)
         extra |= {"b": a[1]} if len(a) == 2 else {}
         return build.finish(
             name,
@@ -636,10 +680,15 @@ class MatMul:
             upsample=self.upsample,
             geglu=self.geglu,
             late=self.late,
-            winograd=self.winograd,
+            winograd=winograd,
             band=self.band,
             **extra,
         )
+
+    def fits_winograd(self, kind: Type, size: tuple[int, int]) -> bool:
+        """Whether products of int8 are Winograd's, where they may be."""
+        even = not any(s % 2 for s in size)
+        return bool(self.winograd) and even and kind != Type.F16 and min(*self.c, self.n) >= 64
 
     def weights(
         self, rng: np.random.Generator, kind: Type, weight_kind: Type
@@ -695,21 +744,29 @@ class MatMul:
         bias: np.ndarray | None,
         extra: dict[str, Placed],
         size: tuple[int, int],
-        may_winograd: bool = True,
+        scales: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        x = np.concatenate(sources, 2)
+        """The result and its bound; `scales`: of outputs, where int8 is multiplied by int8."""
+        narrow = scales is not None
+        x = np.concatenate([int8_pixels(s) if narrow else s for s in sources], 2)
         x = doubled(x) if self.upsample else x
         kernel = weight.reshape(weight.shape[0], self.side, self.side, -1)
         b = 0 if bias is None else rounded(bias, Type.F32)
         add = extra["add"].values if "add" in extra else 0
         residual = extra["c"].values if "c" in extra else 0
-        y = convolve(x, kernel, size, self.stride, self.rows_above) + b + add
-        total = convolve(abs(x), abs(kernel), size, self.stride, self.rows_above)
+        if narrow and self.fits_winograd(kind, size):
+            scale = scales[: self.n].astype(float)
+            q = np.rint(kernel / scale[:, None, None, None])
+            y, total = (part * scale for part in winograd_int8(sources[0], q, kind))
+            y += b + add
+        else:
+            y = convolve(x, kernel, size, self.stride, self.rows_above) + b + add
+            total = convolve(abs(x), abs(kernel), size, self.stride, self.rows_above)
         total += np.abs(b) + np.abs(add)
         total += np.abs(residual) if self.late else 0
         y = y + residual if self.late else y
         error = sum_error(weight[0].size, total)
-        if self.winograd and may_winograd and not any(s % 2 for s in size):
+        if self.winograd and not narrow and not any(s % 2 for s in size):
             error = error + winograd_error(x, kernel, kind)
         if self.geglu:  # a product: errors of each factor times the other
             (value, gate), (e_value, e_gate) = np.split(y, 2, 2), np.split(error, 2, 2)
@@ -1173,12 +1230,15 @@ class Attention:
         placed = [build.tensor(x, kind, self.border[0], self.wide) for x in (q, k, v)]
         return placed[0], placed[1], placed[2]
 
-    def case(self, name: str, seed: int, kind: Type) -> Case:
-        """An error e of a score changes its weight by a factor of exp(e): e is that of a sum of
+    def case(self, name: str, seed: int, types: Type | tuple) -> Case:
+        """`types`: of everything, or that with int8 and True, where products are of int8.
+
+        An error e of a score changes its weight by a factor of exp(e): e is that of a sum of
         `size` products, times scale, and a few roundings of the largest score.  Weights are rounded
         to the type before they multiply the values; those of f16 lose what is below 2^-25.  Their
         sum, and the sum over values, add those of n keys; moving the maximum costs a few more.
         """
+        kind, *narrow = types if isinstance(types, tuple) else (types,)
         build = Build(np.random.default_rng(seed))
         a, b, c = self.inputs(build, kind)
         scale = float(np.float32(1 / math.sqrt(self.size)))
@@ -1190,6 +1250,28 @@ class Attention:
             return x.reshape(-1, self.heads, self.size).swapaxes(0, 1)
 
         q, k, v = (by_head(t.values) for t in (a, b, c))
+        y, error = (self.of_int8 if narrow else self.plain)(kind, q, k, v, scale)
+        y, error = (x.swapaxes(0, 1).reshape(zeros.shape) for x in (y, error))
+        return build.finish(
+            name,
+            seed,
+            y,
+            stored(y, error, kind),
+            kind=Kind.ATTENTION,
+            out=out,
+            a=a,
+            b=b,
+            c=c,
+            heads=self.heads,
+            size=self.size,
+            causal=self.causal,
+            narrow=int(bool(narrow)),
+            scale=scale,
+        )
+
+    def plain(
+        self, kind: Type, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         scores = q @ k.swapaxes(1, 2) * scale
         e_scores = sum_error(self.size, abs(q) @ abs(k).swapaxes(1, 2)) * scale
         e_scores = e_scores + 4 * U * abs(scores)
@@ -1205,22 +1287,45 @@ class Attention:
         error = (part + own) * (raised / total @ abs(v)) + part * abs(y)
         if kind == Type.F16:
             error += SMALLEST[kind] * abs(v).sum(1, keepdims=True) / total
-        y, error = (x.swapaxes(0, 1).reshape(zeros.shape) for x in (y, error))
-        return build.finish(
-            name,
-            seed,
-            y,
-            stored(y, error, kind),
-            kind=Kind.ATTENTION,
-            out=out,
-            a=a,
-            b=b,
-            c=c,
-            heads=self.heads,
-            size=self.size,
-            causal=self.causal,
-            scale=scale,
-        )
+        return y, error
+
+    def of_int8(
+        self, kind: Type, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Queries by token, keys less their mean by 512 of them, values by channel become int8.
+
+        Weights are 127ths of the largest in a row of 512 keys.  One that lies between two, by as
+        much as its power of 2 may be off, may become either.
+        """
+        q = int8_pixels(q)
+        mean = np.cumsum(k, 1, np.float32)[:, -1:] / np.float32(k.shape[1])
+        v = whole(v.astype(np.float32), abs(v).max(1, keepdims=True))
+        n = k.shape[1]
+        weights, either = np.zeros((2, len(q), q.shape[1], n))
+        tops = []
+        for i in range(0, n, 512):
+            part = k[:, i : i + 512].astype(np.float32) - mean
+            part = whole(part, abs(part).max((1, 2), keepdims=True))
+            scores = q @ part.swapaxes(1, 2) * scale
+            if self.causal:
+                scores[
+                    :, np.arange(i, i + part.shape[1]) > np.arange(q.shape[1])[:, None]
+                ] = -np.inf
+            tops.append(scores.max(2, keepdims=True))
+            here = np.where(np.isinf(tops[-1]), 0, tops[-1])  # nothing so far
+            raised = 127 * np.exp(scores - here)
+            off = raised * (1e-4 + 16 * U * (abs(here) + abs(np.maximum(scores, -1e9))))
+            weights[..., i : i + 512] = np.rint(raised)
+            either[..., i : i + 512] = np.rint(raised + off) != np.rint(raised - off)
+        top = np.max(tops, 0)
+        for i, here in enumerate(tops):
+            weights[..., 512 * i : 512 * (i + 1)] *= np.exp(here - top)
+            either[..., 512 * i : 512 * (i + 1)] *= np.exp(here - top)
+        total = weights.sum(2, keepdims=True)
+        y = weights @ v / total
+        left = total - either.sum(2, keepdims=True)
+        error = (either @ abs(v) + either.sum(2, keepdims=True) * abs(y)) / left
+        return y, error + (sum_error(n, 1.0) + 64 * U) * (weights @ abs(v)) / total
 
 
 def attentions() -> Iterator[Attention]:
@@ -1574,7 +1679,7 @@ def _table() -> Iterator[tuple[str, Kind, Any, Any]]:
     for specs, kind in families:
         for spec in specs:
             code = kind or _kind(spec)
-            for name, one in FLOATS.items():
+            for name, one in {**FLOATS, **(NARROW if kind is Kind.ATTENTION else {})}.items():
                 yield f"{code.name.lower()}-{name}-{spec.label()}", code, spec, one
 
 

@@ -76,7 +76,8 @@ class Network:
         self.weights = kernels.aligned(data.nbytes)
         self.weights[:] = data
         kind = activation_type(activations)
-        self.files = Files(component, config, outputs, Path(), places, data.nbytes, kind)
+        narrow = activations == INT8
+        self.files = Files(component, config, outputs, Path(), places, data.nbytes, kind, narrow)
         rng = np.random.default_rng(1)
         self.inputs = {
             name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes.items()

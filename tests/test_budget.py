@@ -114,7 +114,7 @@ def test_a_budget_that_is_none_or_too_small(command, text, code, words, tmp_path
 
 def test_a_refusal_names_stage_bytes_and_the_budget_that_works():
     line = line_of(1, "plan", "--memory", "1MiB")
-    assert line.startswith("Error: unet needs at least 1")
+    assert line.startswith("Error: vae_decoder needs at least 1")
     assert "128x128" in line
     assert "the budget is 1 MiB" in line
     assert invoke("plan", "--memory", f"{smallest()}KiB").exit_code == 0

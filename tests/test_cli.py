@@ -166,8 +166,8 @@ def test_json_is_one_object_per_line_and_nothing_else():
     [
         ("", "note: the prompt is empty"),
         (" \n ", "note: the prompt is empty"),
-        ("word " * 2000, "note: the text encoder reads 32 tokens"),
-        ("\n" + "a\x1b[2J\n" * 40, "note: the text encoder reads"),
+        ("word " * 2000, "note: the text encoder reads 1024 tokens"),
+        ("\n" + "a\x1b[2J\n" * 400, "note: the text encoder reads"),
         ("🦊", ""),
         ("a\nb\tc", ""),
         ("a\udcffb", ""),
@@ -491,30 +491,39 @@ def checkpoint():
     return checkpoints.write_checkpoint(Path("tiny"), checkpoints.TINY)
 
 
-def test_convert_passes_its_arguments_on_and_prints_the_report(monkeypatch):
+def test_convert_passes_its_arguments_on_and_prints_the_report(checkpoint, monkeypatch):
     from ferrotype import convert
+    from ferrotype.convert.checkpoint import open_checkpoint
 
     seen = []
 
-    def converted(*args):
-        *most, progress = args
+    def converted(*args, **merged):
+        assert merged.pop("written")(1, 2) is None
+        assert merged == {
+            "loras": [], "embeddings": (), "original": None, "check": "diffusers"
+        }  # fmt: skip
+        *most, progress, recipe, clip_skip = args
+        assert (recipe, clip_skip) == (None, 0)
         seen.extend(most)
         progress("hash")
         return bundle.load(EMBEDDED)
 
     monkeypatch.setattr(convert, "convert", converted)
-    Path("sd").mkdir()
     args = ("--size", "64x128", "--weights", "fp32", "--name", "n", "--licence", "l", "-f")
-    out = run("convert", "sd", *args)
-    expected = [Path("sd"), Path("sd.ferro"), "onnx", "fp32", None, ((64, 128),), None, "n", "l"]
+    out = run("convert", "tiny", *args)
+    opened = open_checkpoint(Path("tiny"))
+    expected = [opened, Path("tiny.ferro"), "onnx", "fp32", None, ((64, 128),), None, "n", "l"]
     assert seen == [*expected, True]
     manifest = bundle.load(EMBEDDED).manifest
     psnr = manifest.parity["components"]["unet"]["out_sample"]["psnr"]
     assert re.search(rf"^unet out_sample +{psnr:.1f} ", out, re.MULTILINE)
     size = sum(file.bytes for file in manifest.files.values()) / 2**20
-    assert out.endswith(f"sd.ferro  {size:.1f} MiB\n")
-    parsed = json.loads(run("convert", "sd", "--json"))
-    assert parsed["bundle"] == "sd.ferro"
+    last = out.splitlines()[-1]
+    assert re.fullmatch(rf"tiny.ferro  {size:.1f} MiB, converted within .* of memory", last)
+    seen.clear()
+    parsed = json.loads(run("convert", "tiny", "--json", "--prediction", "v"))
+    assert parsed["bundle"] == "tiny.ferro"
+    assert seen[0].scheduler == opened.scheduler | {"prediction_type": "v_prediction"}
     assert parsed["parity"]["floors"] == manifest.parity["floors"]
 
 
@@ -523,8 +532,8 @@ def test_a_folder_that_is_no_checkpoint_is_told_what_it_holds():
     Path("empty").mkdir()
     Path("file").write_text("x")
     assert "has no model_index.json (it holds nothing)" in fails(1, "convert", "empty")
-    assert "is not a folder" in fails(1, "convert", "file")
-    assert "is not a folder" in fails(1, "convert", "missing")
+    assert "is neither safetensors nor GGUF" in fails(1, "convert", "file")
+    assert "is not there; give a folder" in fails(1, "convert", "missing")
     Path("empty/model_index.json").write_text("{")
     assert "is not JSON" in fails(1, "convert", "empty")
     Path("empty/model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -104,7 +104,10 @@ def made(target="coreml", weights="fp16", sizes=None, options=None, parts=(), me
         names = [f"{name}/{piece}/w.bin" for piece in pieces] or [f"{name}/model.onnx.data"]
         files |= {path: File(size // len(names), "0" * 64) for path in names}
         components[name] = dataclasses.replace(
-            real.components[name], parts=tuple(pieces), memory=(memory or {}).get(name, {})
+            real.components[name],
+            parts=tuple(pieces),
+            memory=(memory or {}).get(name, {}),
+            activations="fp32" if name in more.get("kept", ()) else "",
         )
     manifest = dataclasses.replace(
         real,
@@ -419,12 +422,7 @@ SMALL = {"text_encoder": 40 * MIB, "unet": 60 * MIB, "vae_decoder": 30 * MIB}
         ({"compute_units": "cpu_only"}, {}, "all", "asks for the CPU alone"),
         ({}, {"activations": "fp32"}, "unet", "computes in fp32, the Neural Engine in fp16"),
         ({}, {"weights": "p4g16"}, "all", "p4g16 needs iOS 18"),
-        (
-            {},
-            {"parity": {"notes": ["vae_decoder: 7e4 is reached: this component is kept in fp32"]}},
-            "vae_decoder",
-            "computes in fp32",
-        ),
+        ({}, {"kept": {"vae_decoder"}}, "vae_decoder", "computes in fp32"),
     ],
 )  # fmt: skip
 def test_what_would_leave_the_neural_engine(options, more, component, text):
@@ -449,8 +447,7 @@ def test_what_is_made_for_the_gpu_is_left_to_it():
 
 
 def test_what_no_conversion_mends_is_not_converted_again():
-    kept = {"notes": ["vae_decoder: 7e4 is reached: this component is kept in fp32"]}
-    found = examine(made(sizes=SMALL, options=IOS, parity=kept), "iphone-15-pro")
+    found = examine(made(sizes=SMALL, options=IOS, kept={"vae_decoder"}), "iphone-15-pro")
     assert [part.by_converting for part in found.off] == [False]
     assert found.instead == ()
     found = examine(made(sizes=SMALL, options=IOS, activations="fp32"), "iphone-15-pro")
@@ -578,6 +575,21 @@ def test_the_command_says_whether_the_embedded_bundles_fit(stand_in, bundle):
     assert re.search(r"^verdict +fits$", done.stdout, re.M)
     found = json.loads(invoke(bundle, "--device", "pixel-9", "--json", "-n", 8).stdout)
     assert (found["device"], found["steps"], found["fits"]) == ("pixel-9", 8, True)
+
+
+def test_steps_that_the_model_was_not_distilled_for_are_refused(stand_in, tmp_path):
+    folder = tmp_path / "few.ferro"
+    shutil.copytree(EMBEDDED, folder)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["recipe"] |= {"name": "lightning-4", "allowed_steps": [4], "steps": 4}
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    assert invoke(folder, "--device", "pixel-9").exit_code == 0
+    assert invoke(folder, "--device", "pixel-9", "-n", 4).exit_code == 0
+    done = invoke(folder, "--device", "pixel-9", "-n", 20)
+    assert (done.exit_code, done.stdout) == (2, "")
+    said = "steps 20: this model was distilled for 4 steps of lcm"
+    assert said in done.stderr
+    assert done.stderr.endswith("(lightning-4): use --steps 4\n")
 
 
 def test_the_command_ends_with_1_where_it_does_not_fit(stand_in, tmp_path):

@@ -35,7 +35,8 @@ def test_mypy(tmp_path):
 
 
 def test_clang_format():
-    sources = [p for g in ("kernels/*.h", "kernels/*.cpp", "tests/*.cpp") for p in ROOT.glob(g)]
+    folders = ("kernels", "tests", "embed/c")
+    sources = [p for f in folders for end in ("h", "cpp", "c") for p in ROOT.glob(f"{f}/*.{end}")]
     call = "import clang_format; clang_format.clang_format()"
     done = subprocess.run(
         [sys.executable, "-c", call, "--dry-run", "-Werror", *sources],
@@ -50,10 +51,16 @@ def help_page():
     """docs/cli.md: the help of every command, as it is printed."""
     parts = ["# The command line\n\nWritten by `python tests/test_lint.py`; a test compares.\n"]
     top = click.Context(main, info_name="ferrotype", terminal_width=88, **main.context_settings)
-    inner = {name: click.Context(c, top, name) for name, c in main.commands.items()}
-    for context in (top, *inner.values()):
+    for context in contexts(top):
         parts.append(f"## {context.command_path}\n\n```\n{context.get_help()}\n```\n")
     return "\n".join(parts)
+
+
+def contexts(outer):
+    """A command, and if it is a group all that it has."""
+    yield outer
+    for name, command in getattr(outer.command, "commands", {}).items():
+        yield from contexts(click.Context(command, outer, name))
 
 
 def test_the_help_page_is_fresh():

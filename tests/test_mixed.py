@@ -8,7 +8,8 @@ import pytest
 
 from ferrotype import bundle as bundles
 from ferrotype import kernels
-from ferrotype.quantize import calibrate, mixed, native
+from ferrotype.bundle import Sizes
+from ferrotype.quantize import calibrate, mixed, native, report
 from ferrotype.quantize.apply import quantize_bundle
 from ferrotype.quantize.mixed import Choice, Table
 from ferrotype.quantize.recipe import Recipe, RecipeError
@@ -144,6 +145,20 @@ def test_calibrating_with_nothing_is_refused():
             mixed.measure(bundle, {}, None, prompts, seeds)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (Sizes((128, 128), 32), (128, 128)),
+        (Sizes((512, 768), 64), (192, 256)),
+        (Sizes((1024, 1024), 32, 512), (512, 512)),
+        (Sizes((512, 512), 64, 64, 2048, ((512, 512), (384, 512))), (384, 512)),
+    ],
+)
+def test_measuring_pictures_are_small(sizes, expected):
+    assert calibrate.small(sizes) == expected
+    sizes.check(expected)
+
+
 # --- choosing -----------------------------------------------------------------------------------
 
 
@@ -189,6 +204,29 @@ def test_what_cannot_be_met_says_what_can(rng):
         mixed.at_least(one, best + 1)
 
 
+def test_the_frontier_is_the_best_of_every_size(rng):
+    one = table(rng, 40)
+    curve = mixed.frontier(one)
+    sizes, quality = [p["bytes"] for p in curve], [p["psnr"] for p in curve]
+    assert sizes == sorted(set(sizes))
+    assert quality == sorted(quality)
+    least, most = (sum(pick(b for b, _ in c.forms.values()) for c in one.choices)
+                   for pick in (min, max))  # fmt: skip
+    assert sizes[0] <= 1.01 * (one.rest + least)
+    assert sizes[-1] <= one.rest + most
+    best = one.psnr_of([min(c.forms, key=lambda f: c.forms[f][1]) for c in one.choices])
+    assert quality[-1] == pytest.approx(best, abs=0.5)
+    for form, point in mixed.uniform_points(one).items():
+        forms = [*mixed.uniform(one, form)]
+        assert point["bytes"] == one.bytes_of(forms)
+        reached = [q for s, q in zip(sizes, quality, strict=True) if s >= point["bytes"]]
+        assert not reached or max(reached) >= point["psnr"]
+    plot = report.frontier(curve, mixed.uniform_points(one), sizes[5])
+    red = [x for x in range(plot.width) for y in range(plot.height)
+           if plot.getpixel((x, y)) == (0xCC, 0x22, 0x22)]  # fmt: skip
+    assert red, "what was chosen is marked"
+
+
 def test_a_table_comes_back_as_it_was(rng):
     one = table(rng, 3)
     assert Table.loads(one.dump()) == one
@@ -210,8 +248,8 @@ def test_a_recipe_says_what_was_chosen(rng):
 
 
 @engine
-def test_a_mixed_bundle_is_as_large_and_as_good_as_the_table_says(tmp_path):
-    source = bundles.load(EMBEDDED)
+def test_a_mixed_bundle_is_as_large_and_as_good_as_the_table_says(plain, tmp_path):
+    source = bundles.load(plain)
     only = "a red heart"
     statistics = calibrate.calibrate(source, [only], [0])
     one = mixed.measure(source, statistics, None, [only], steps=1)

@@ -236,6 +236,9 @@ def checkpoint_of(folder, tensors, component="unet", family="sd1", **config):
     save_file(tensors, folder / f"{component}.safetensors")
     return SimpleNamespace(
         weights={component: (folder / f"{component}.safetensors",)},
+        stored={},
+        patches={},
+        clip_skip=0,
         family=family,
         configs={component: config},
     )
@@ -610,11 +613,13 @@ def test_what_is_not_told_follows_what_is(given, chosen):
 
 
 @NO_ENGINE
-def test_fp16_that_would_overflow_is_refused_and_bf16_is_not(tiny, tmp_path, monkeypatch):
+def test_fp16_that_would_overflow_is_kept_in_fp32_and_bf16_needs_not(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "FP16_MAX", 0.5)
-    with pytest.raises(ConvertError, match=r"layer .* reaches .*, fp16 ends at 0: use --act"):
-        convert(tiny, tmp_path / "out.ferro", "native", "fp16")
-    convert(tiny, tmp_path / "out.ferro", "native", "bf16")
+    half = convert(tiny, tmp_path / "half.ferro", "native", "fp16").manifest
+    assert {part.activations for part in half.components.values()} == {"fp32"}
+    assert any("kept in fp32" in note for note in half.parity["notes"])
+    other = convert(tiny, tmp_path / "out.ferro", "native", "bf16").manifest
+    assert {part.activations for part in other.components.values()} == {""}
 
 
 def test_without_the_engine_converting_says_what_is_missing(tiny, tmp_path, monkeypatch):

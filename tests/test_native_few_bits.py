@@ -261,11 +261,19 @@ def test_what_a_recipe_leaves_alone_has_a_reason():
     assert kept == dict.fromkeys(["ff.weight", "skip.weight"], "fewer than 2048 values")
 
 
-def test_tensors_that_are_joined_take_the_form_of_the_first():
+def test_tensors_that_are_joined_take_the_most_bits_of_one_of_them():
     joined = Packed("qkv", "matmul", ("q.weight", "k.weight", "v.weight"), 96, (32,))
-    rules = tuple(Rule(f"unet/{n}.*", parse(form)) for n, form in (("q", "w4"), ("v", "fp16")))
-    chosen, _ = choose("unet", [joined], Recipe(parse("w8"), rules))
-    assert chosen == {"qkv": Type.I4}
+
+    def chosen(**forms):
+        rules = tuple(Rule(f"unet/{name}.*", parse(form)) for name, form in forms.items())
+        return choose("unet", [joined], Recipe(parse("w4"), rules))
+
+    assert chosen() == ({"qkv": Type.I4}, {})
+    for name in "qkv":
+        assert chosen(**{name: "w8"})[0] == {"qkv": Type.I8}
+        few_bits, kept = chosen(**{name: "fp16"})
+        assert not few_bits
+        assert "rule 1" in kept["qkv"]
 
 
 @pytest.mark.parametrize("form", ["p6", "w8t", "w8a", "w4c", "w4b16"])

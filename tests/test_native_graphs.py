@@ -77,6 +77,8 @@ CASES = {
     "unet-reversed": ("unet", UNET | {"transformer_layers_per_block": [[2], [1]],
                                       "reverse_transformer_layers_per_block": [[1, 1], [2, 1]]},
                       [(4, 4)]),
+    "unet-short": ("unet", UNET | {"mid_block_type": "UNetMidBlock2D"}, [(4, 6)]),
+    "unet-without-middle": ("unet", UNET | {"mid_block_type": None}, [(6, 4)]),
     "vae_decoder": ("vae_decoder", VAE, [(2, 2), (3, 5)]),
     "vae_decoder-odd": ("vae_decoder", VAE | {"block_out_channels": [12, 20], "layers_per_block": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -398,6 +400,18 @@ def test_pixels_become_int8_where_weights_are_if_the_bundle_says_so(tmp_path, we
     products = [op for op in ops if op.kind == Kind.MATMUL]
     assert {Type(op.weight_type) for op in products} == {STORED[weights]}
     assert {op.narrow for op in products} == {int(weights == activations == "int8")}
+
+
+@NO_ENGINE
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+def test_attention_over_many_keys_is_of_int8_if_the_bundle_says_so(tmp_path, activations):
+    net = network("unet")
+    engine = NativeEngine(net.write(tmp_path, "int8", activations), "unet", 1)
+    ops = engine.program(models.sizes("unet", net.config, (16, 16), 7)).ops
+    attentions = [op for op in ops if op.kind == Kind.ATTENTION]
+    many = [op.b.h * op.b.w >= 256 for op in attentions]
+    assert set(many) == {False, True}
+    assert [op.narrow for op in attentions] == [activations == "int8" and m for m in many]
 
 
 # Twice what these networks come to: a step is a 127th or a 7th of the largest of its row.

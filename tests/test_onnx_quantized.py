@@ -77,7 +77,7 @@ def in_form(source, folder, component, recipe):
     model = ir.load(source / "model.onnx")
     said = onnx_export._store(model, component, recipe, "fp32", {})
     folder.mkdir(parents=True, exist_ok=True)
-    onnx_export._write(model, folder)
+    onnx_export.write(model, folder)
     onnx.checker.check_model(str(folder / "model.onnx"))
     return said
 

@@ -17,17 +17,20 @@ from PIL import Image
 from ferrotype import bundle as bundles
 from ferrotype import cli, kernels, parity
 from ferrotype.quantize import calibrate, report
-from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX, Pipeline
+from ferrotype.runtime.bench import results
+from ferrotype.runtime.pipeline import EMBEDDED_ONNX, Pipeline
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native engine is not built")
+PLAIN = Path("plain.ferro")
 FEW = ("a red heart", "a rocket")
 HELD_OUT = report.PROMPTS
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
-    """Two pictures instead of sixteen."""
+def quick(plain, tmp_path, monkeypatch):
+    """A bundle to make smaller, and two pictures instead of sixteen."""
     monkeypatch.chdir(tmp_path)
+    PLAIN.symlink_to(plain)
     monkeypatch.setattr(report, "PROMPTS", FEW)
     monkeypatch.setattr(report.draw, "__defaults__", (FEW, (0,), None, None, lambda prompt: None))
     (tmp_path / "prompts.txt").write_text("a blue whale\n\n")
@@ -48,7 +51,7 @@ def line_of(code, *args):
     return line
 
 
-QUANTIZE = ("quantize", EMBEDDED, "--prompts", "prompts.txt", "-o")
+QUANTIZE = ("quantize", PLAIN, "--prompts", "prompts.txt", "-o")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_a_bundle_becomes_smaller_and_says_what_that_cost(weights, activations, 
     more = ("--activations", activations) if activations else ()
     done = invoke(*QUANTIZE, "q.ferro", "--weights", weights, *more)
     assert done.exit_code == 0, done.output
-    source, made = bundles.load(EMBEDDED), bundles.load("q.ferro")
+    source, made = bundles.load(PLAIN), bundles.load("q.ferro")
     assert not bundles.verify(made)
     assert made.manifest.precision == bundles.Precision(weights, activations or "bf16")
     sizes = [cli.weight_bytes(bundle) for bundle in (source, made)]
@@ -95,7 +98,7 @@ def test_equal_input_gives_equal_bytes_and_a_recipe_can_be_used_again():
 
 
 def test_the_best_forms_within_a_size():
-    whole = cli.weight_bytes(bundles.load(EMBEDDED))
+    whole = cli.weight_bytes(bundles.load(PLAIN))
     budget = int(0.45 * whole)
     done = invoke(
         *QUANTIZE,
@@ -111,6 +114,14 @@ def test_the_best_forms_within_a_size():
     made = bundles.load("m.ferro")
     assert 0.9 * budget < cli.weight_bytes(made) <= budget
     assert made.manifest.precision.weights == "mixed"
+    told = made.manifest.parity["quantized"]
+    assert told["bytes"] == cli.weight_bytes(made)
+    assert told["bytes_before"] == whole
+    sizes = [point["bytes"] for point in told["frontier"]]
+    assert min(sizes) < told["bytes"] < max(sizes)
+    assert {"w8", "w4"} == told["uniform"].keys()
+    with Image.open("m.ferro/check/frontier.png") as plot:
+        assert plot.size == report.PAGE
     assert json.loads(Path("r.json").read_text())["model"] == made.manifest.model
 
 
@@ -121,7 +132,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert "there is: fp32" in line_of(2, *quantize, "--weights", "w5")
     assert "the native target stores w8, w4" in line_of(1, *quantize, "--weights", "p6")
     (tmp_path / "prompts.txt").write_text("\n \n")
-    assert "nothing to calibrate with" in line_of(1, *quantize, *w8)
+    for more in ((), ("--no-calibration",)):
+        assert "prompts.txt has no prompts" in line_of(2, *quantize, *w8, *more)
     (tmp_path / "prompts.txt").write_text("a blue whale")
     assert "whole numbers" in line_of(2, *quantize, *w8, "--seeds", "1,x")
     (tmp_path / "prompts.txt").write_text("a blue whale")
@@ -144,7 +156,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     checkpoint.mkdir()
     (checkpoint / "model_index.json").write_text("{}")
     assert "is a checkpoint: convert it first" in line_of(2, "quantize", "sd", "-o", "x", *w8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts.txt", "r.json", "sd"]
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {PLAIN.name, "prompts.txt", "r.json", "sd"}
 
 
 def test_what_cannot_be_met_says_what_can(tmp_path):
@@ -158,7 +171,7 @@ def test_a_bundle_of_few_bits_and_a_weight_that_is_not_finite_are_refused(tmp_pa
     again = ("quantize", "q.ferro", "-o", "r.ferro", "--weights", "w4", "--no-calibration")
     assert "has weights w8 already" in line_of(1, *again)
     broken = tmp_path / "broken.ferro"
-    shutil.copytree(EMBEDDED, broken)
+    shutil.copytree(PLAIN, broken)
     index = json.loads((broken / "unet" / "weights.json").read_text())["tensors"]
     name, place = next((n, t) for n, t in index.items() if "mid_block" in n and t["bytes"] > 9000)
     with (broken / "unet" / "weights.bin").open("r+b") as file:
@@ -184,7 +197,7 @@ def test_a_command_that_is_stopped_leaves_nothing(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", PLAIN.name}
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -225,3 +238,14 @@ def test_a_sheet_shows_the_worst_and_fits():
 def test_evaluation_does_not_see_what_calibration_saw():
     assert len(HELD_OUT) >= 8
     assert not set(calibrate.PROMPTS) & set(HELD_OUT)
+
+
+def test_other_precisions_are_made_for_a_benchmark():
+    quick = ("--rounds", 1, "--size", 64, "-n", 1, "--threads", 1, "--no-store", "--json")
+    done = invoke("bench", PLAIN, "--vary", "precision=own,w8", *quick)
+    assert done.exit_code == 0, done.output
+    own, w8 = results.loads(done.stdout).variants
+    assert (own.name, own.weights) == ("precision=own", "bf16")
+    assert (w8.name, w8.weights) == ("precision=w8", "w8")
+    assert w8.bundle_bytes < own.bundle_bytes
+    assert "rounded without calibration" in done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ... import kernels
-from ...bundle import Bundle, BundleError, strict_json
+from ...bundle import Bundle, BundleError, Component, strict_json
 from ...kernels import KernelError, Program, Type
 from .. import models
 from ..bands import Bands, in_bands
@@ -40,6 +40,7 @@ from . import Arrays, check_shapes
 WEIGHTS, INDEX = "weights.bin", "weights.json"
 FORMAT = 1  # of the index
 MAX_THREADS = 64  # of the engine
+CACHED_FILES = 8  # components whose index was read; some hundred kilobytes each at full size
 CACHED_SIZES = 4  # programs; each holds idle threads and a few hundred ops
 DTYPES = {Type.F32: np.float32, Type.BF16: np.uint16, Type.F16: np.float16, Type.I32: np.int32}
 
@@ -100,11 +101,13 @@ class Files:
     places: Mapping[str, Weight]
     bytes: int  # of the weights
     type: Type  # of activations
+    narrow: bool  # whether attention multiplies int8
 
     def graph(self, shapes: models.Shapes) -> Graph:
         """The network for inputs of these shapes.  Raises BundleError."""
         try:
-            return models.build(self.component, self.config, shapes, self.type, self.outputs)
+            graph = models.build(self.component, self.config, shapes, self.type, self.outputs)
+            return graph.narrowed() if self.narrow else graph
         except GraphError as error:
             raise BundleError(f"{self.folder}: {error}") from None
 
@@ -119,18 +122,42 @@ class Files:
         return graph, lay_out(graph, self.places, scratch)
 
 
+_opened: OrderedDict[tuple, tuple[Component, Files]] = OrderedDict()
+
+
 def open_files(bundle: Bundle, component: str) -> Files:
-    """Check what a component's folder says of its weights.  Raises BundleError."""
+    """Check what a component's folder says of its weights; kept until something changes.
+
+    Raises BundleError.
+    """
     spec = bundle.component(component)
-    folder, kind = bundle.path(spec.path), _activations(bundle)
+    folder = bundle.path(spec.path)
+    try:
+        stats = [(folder / name).stat() for name in (INDEX, WEIGHTS)]
+    except OSError:  # reading it says what is wrong
+        return _open_files(bundle, component)
+    states = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = (folder, component, bundle.manifest.precision.activations, *states)
+    if key not in _opened or _opened[key][0] != spec:
+        _opened[key] = spec, _open_files(bundle, component)
+        while len(_opened) > CACHED_FILES:
+            _opened.popitem(last=False)
+    _opened.move_to_end(key)
+    return _opened[key][1]
+
+
+def _open_files(bundle: Bundle, component: str) -> Files:
+    spec = bundle.component(component)
+    folder, kind = bundle.path(spec.path), _activations(bundle, component)
     try:
         packed = models.weights(component, spec.config, spec.outputs)
     except GraphError as error:
         raise BundleError(f"{folder}: {error}") from None
-    places = read_index(folder, packed, bundle.manifest.precision.activations == INT8)
+    narrow = bundle.activations(component) == INT8
+    places = read_index(folder, packed, narrow)
     _check_types(folder, packed, places, kind)
     size = (folder / WEIGHTS).stat().st_size
-    return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind)
+    return Files(component, spec.config, tuple(spec.outputs), folder, places, size, kind, narrow)
 
 
 def _uses_winograd(places: Mapping[str, Weight], isa: str | None, node: Node) -> bool:
@@ -267,7 +294,7 @@ class NativeEngine:
 
 def usable_threads() -> int:
     """One for every core that this process may run on, up to what the engine takes."""
-    return min(_cores(), MAX_THREADS)
+    return min(cores(), MAX_THREADS)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -360,8 +387,8 @@ def _require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
-def _activations(bundle: Bundle) -> Type:
-    name = bundle.manifest.precision.activations
+def _activations(bundle: Bundle, component: str) -> Type:
+    name = bundle.activations(component)
     kind = activation_type(name)
     if kind is None:
         raise BundleError(
@@ -370,7 +397,7 @@ def _activations(bundle: Bundle) -> Type:
     return kind
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -42,21 +42,21 @@ class OnnxEngine:
         self._spec = bundle.component(component)
         self._path = bundle.path(f"{self._spec.path}/{MODEL}")
         self._borrowed: list[Any] = []  # by the session, which does not keep them
-        folding = not (quantized(bundle) or (frugal and expands(bundle)))
+        folding = not (quantized(bundle) or (frugal and expands(bundle, component)))
         repeated = component == "unet"
         self._session = _session(self._path, threads, self._borrowed, folding, repeated)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self._names = [o.name for o in outputs]
-        self._same_names("takes", [i.name for i in inputs], self._spec.inputs)
-        self._same_names("returns", self._names, self._spec.outputs)
+        self._names = list(self._spec.outputs)
+        self._check_names("takes", [i.name for i in inputs], self._spec.inputs)
+        self._check_names("returns", [o.name for o in outputs], self._spec.outputs, more=True)
         self._dtypes = {i.name: _dtype(i.type, self._path) for i in inputs}
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the graph; inputs are cast to its dtypes, outputs come as float32."""
         sizes: dict[str, int] = {}
         try:
-            feed = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
-            values = self._session.run(None, feed)
+            feed = {n: _cast(n, value, self._dtypes[n]) for n, value in inputs.items()}
+            values = self._session.run(self._names, feed)
             found = {n: v.astype(np.float32) for n, v in zip(self._names, values, strict=True)}
         except Exception as error:  # onnxruntime's own errors share no base class
             raise BundleError(
@@ -66,8 +66,11 @@ class OnnxEngine:
         check_shapes(str(self._path), self._spec.outputs, found, sizes)
         return found
 
-    def _same_names(self, verb: str, found: list[str], manifest: dict[str, Tensor]) -> None:
-        if set(found) != manifest.keys():
+    def _check_names(
+        self, verb: str, found: list[str], manifest: dict[str, Tensor], more: bool = False
+    ) -> None:
+        """Raise BundleError unless they are the manifest's, or `more`: what other tools read."""
+        if manifest.keys() - found or (set(found) - manifest.keys() and not more):
             names = ", ".join(found)[:300]
             raise BundleError(
                 f"{self._path} {verb} {names}; the manifest says {', '.join(manifest)}"
@@ -79,10 +82,10 @@ def quantized(bundle: Bundle) -> bool:
     return bundle.manifest.precision.weights not in ("fp32", "fp16")
 
 
-def expands(bundle: Bundle) -> bool:
+def expands(bundle: Bundle, component: str) -> bool:
     """Whether weights are stored in another precision than is computed in: then frugal differs."""
-    precision = bundle.manifest.precision
-    return precision.weights != precision.activations and not quantized(bundle)
+    weights = bundle.manifest.precision.weights
+    return weights != bundle.activations(component) and not quantized(bundle)
 
 
 def return_freed_memory() -> None:
@@ -138,6 +141,16 @@ def _session(
         )
     except Exception as error:  # onnxruntime's own errors share no base class
         raise BundleError(f"onnxruntime cannot load {path}: {_first_line(error)}") from None
+
+
+def _cast(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    """The input in a graph's type; a fraction is not cut off, for the picture would be another."""
+    array = np.asarray(value)
+    found = array.astype(dtype)
+    if dtype.kind == "i" and array.dtype.kind == "f" and (found != array).any():
+        raise ValueError(f"{name} is {array.flat[0]:g}, and it takes whole numbers alone; choose "
+                         "another sampler or spacing")  # fmt: skip
+    return found
 
 
 def _dtype(name: str, path: Path) -> np.dtype:

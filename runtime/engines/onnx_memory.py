@@ -46,7 +46,7 @@ def memory(bundle: Bundle, component: str, size: Size, frugal: bool = False) -> 
     Between the sizes measured, and beyond the largest, memory is a line over the pixels; MARGIN and
     SLACK are added.  Raises BundleError where the manifest has no figures.
     """
-    points = _points(bundle, component, frugal and expands(bundle))
+    points = _points(bundle, component, frugal and expands(bundle, component))
     weights, activations, scratch = (
         _interpolated(points, math.prod(size), field.name) for field in dataclasses.fields(Memory)
     )
@@ -103,7 +103,7 @@ def measured(bundle: Bundle) -> dict[str, dict[str, Memory]]:
         if normal is None:
             return {}
         found[component] = _memories(normal)
-        if expands(bundle):
+        if expands(bundle, component):
             frugal = _in_a_process(bundle, component, frugal=True)
             if frugal and frugal["outputs"] == normal["outputs"]:
                 found[component] |= _memories(frugal, FRUGAL)

@@ -19,20 +19,20 @@ def text_encoder(net: Net, config: Mapping[str, Any], outputs: Collection[str]) 
     `hidden_states.<n>` what goes into layer n.
     """
     layers = config.get("num_hidden_layers", 12)
-    hidden = f"hidden_states.{layers - 1}"
-    known = {"last_hidden_state", "pooler_output", "text_embeds", hidden}
+    hidden = [f"hidden_states.{n}" for n in range(1, layers)]
+    known = {"last_hidden_state", "pooler_output", "text_embeds", *hidden}
     if unknown := sorted(set(outputs) - known):
         raise GraphError(f"text encoder: no output {unknown[0]}, only {', '.join(sorted(known))}")
     tokens = config.get("max_position_embeddings", 77)
     ids = net.number_input("input_ids", (1, tokens), Type.I32)
     x = _embeddings(net, config, ids, tokens)
-    for i in range(layers - 1):
+    x = _layer(net, "text_model.encoder.layers.0", x, config)
+    for i, name in enumerate(hidden, 1):
+        if name in outputs:
+            net.token_output(name, x)
+            if set(outputs) == {name}:  # SDXL's first reads nothing of the last layer
+                return
         x = _layer(net, f"text_model.encoder.layers.{i}", x, config)
-    if hidden in outputs:
-        net.token_output(hidden, x)
-    if set(outputs) == {hidden}:  # SDXL's first reads nothing of the last layer
-        return
-    x = _layer(net, f"text_model.encoder.layers.{layers - 1}", x, config)
     x = net.layer_norm("text_model.final_layer_norm", x, _eps(config))
     if "last_hidden_state" in outputs:
         net.token_output("last_hidden_state", x)

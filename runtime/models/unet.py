@@ -25,7 +25,7 @@ ONLY = {  # config field -> the values that are computed
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "num_class_embeds": (None,),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_act_fn": (None,),
@@ -110,7 +110,12 @@ def _down(net: Net, name: str, x: Value, level: Level, shared: Shared, skips: li
 
 
 def _mid(net: Net, x: Value, config: Mapping[str, Any], heads: int, shared: Shared) -> Value:
-    """Two resnets around a transformer."""
+    """Two resnets around a transformer; of smaller networks the first alone, or none of it."""
+    kind = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if kind is None:
+        return x
+    if kind == "UNetMidBlock2D":
+        return resnet(net, "mid_block.resnets.0", x, x.c, shared.norm, shared.time)
     layers = _depths(config)[-1]
     depth = layers[0] if isinstance(layers, (list, tuple)) else layers
     level = Level(x.c, 1, heads, (depth,), False)
