@@ -65,7 +65,9 @@ class _FusedNorm(torch.autograd.Function):
         statistics = torch.empty(len(x), 2, x.shape[1])
         read = (t.data_ptr() for t in (x, weight32, bias32))
         write = (t.data_ptr() for t in (statistics, y))
-        kernel().norm_forward(*_sizes(x, groups), *read, eps, act, *write)
+        library = kernel()
+        assert library  # group_norm asked
+        library.norm_forward(*_sizes(x, groups), *read, eps, act, *write)
         ctx.save_for_backward(x, statistics, weight32, bias32)
         ctx.groups, ctx.act, ctx.dtype = groups, act, weight.dtype
         return y
@@ -77,7 +79,9 @@ class _FusedNorm(torch.autograd.Function):
         dx, sums = torch.empty_like(x), torch.empty_like(statistics)
         read = (t.data_ptr() for t in (dy, x, statistics, weight, bias))
         write = (t.data_ptr() for t in (dx, sums))
-        kernel().norm_backward(*_sizes(x, ctx.groups), *read, ctx.act, *write)
+        library = kernel()
+        assert library
+        library.norm_backward(*_sizes(x, ctx.groups), *read, ctx.act, *write)
         dweight, dbias = sums.sum(0).to(ctx.dtype)
         return dx, dweight, dbias, None, None, None
 
