@@ -13,21 +13,8 @@ HERE = Path(__file__).parent
 
 def test_pages_in_a_browser(tmp_path):
     """Runs what is marked browser; a run in which something was skipped says so here."""
-    command = (
-        *(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "browser",
-            "-n",
-            "0",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ),
-        *("--basetemp", str(tmp_path / "pages"), str(HERE)),
-    )
+    options = ["-m", "browser", "-n", "0", "-q", "-p", "no:cacheprovider", "--basetemp"]
+    command = (sys.executable, "-m", "pytest", *options, str(tmp_path / "pages"), str(HERE))
     others = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=HERE.parent, env=others, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
