@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).parent.parent
-EMOJI = ROOT.parent / "shared" / "models" / "emoji-sd"  # the trained one, beside the checkout
+EMOJI = ROOT / "models" / "emoji-sd"  # the trained one; models/emoji says how
+EMOJI_BASE = ROOT / "models" / "emoji-sd-base"  # its U-Net before distillation, for many steps
+EMOJI_TINY = ROOT / "models" / "emoji-sd-tiny"  # its tiny autoencoder
 TOKENIZER = ROOT / "models" / "emoji.ferro" / "tokenizer"
 
 SD15: dict[str, dict[str, Any]] = {

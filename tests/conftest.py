@@ -18,8 +18,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def trained():
     """The folder of the trained checkpoint that the embedded bundle was made from."""
-    if not EMOJI.is_dir():
-        pytest.skip("the trained checkpoint is not beside the checkout, in ../shared/models")
     return EMOJI
 
 

@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 
 from ferrotype import bundle, parity
-from ferrotype.benchmarks.checkpoints import TINY, TINY_SD2, write_checkpoint
+from ferrotype.benchmarks.checkpoints import (
+    EMOJI_BASE,
+    EMOJI_TINY,
+    TINY,
+    TINY_SD2,
+    write_checkpoint,
+)
 from ferrotype.convert import ConvertError, convert, probes, stages, tokenizer
 from ferrotype.convert import onnx as onnx_export
 from ferrotype.convert.checkpoint import open_checkpoint
@@ -44,11 +50,8 @@ def base_bundle(trained, tmp_path_factory):
     """The undistilled U-Net and its DPM-Solver schedule, converted in fp32."""
     folder = tmp_path_factory.mktemp("base")
     checkpoint = folder / "emoji-base"
-    shutil.copytree(
-        trained, checkpoint, ignore=shutil.ignore_patterns("unet", "scheduler", "samples")
-    )
-    (checkpoint / "unet_base").rename(checkpoint / "unet")
-    (checkpoint / "scheduler_base").rename(checkpoint / "scheduler")
+    shutil.copytree(trained, checkpoint, ignore=shutil.ignore_patterns("unet", "scheduler"))
+    shutil.copytree(EMOJI_BASE, checkpoint, dirs_exist_ok=True)
     index = json.loads((checkpoint / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
     (checkpoint / "model_index.json").write_text(json.dumps(index))
@@ -118,6 +121,17 @@ def test_the_undistilled_model_with_guidance_and_a_negative_prompt(base_bundle):
     assert parity.psnr(expected, found, peak=1.0) >= 45
     assert bundle.load(path).manifest.recipe.sampler == "dpmpp_2m"
     Image.fromarray((found * 255).round().astype(np.uint8)).save(path.parent / "base.png")
+
+
+def test_the_trained_tiny_autoencoder_draws_the_same_picture(trained, plain, tmp_path):
+    tiny = EMOJI_TINY / "diffusion_pytorch_model.safetensors"
+    made = convert(open_checkpoint(trained, vae=[tiny]), tmp_path / "tiny.ferro", "native")
+    assert made.component("vae_decoder").config["_class_name"] == "AutoencoderTiny"
+    pictures = [ours(folder, 3, steps=4) for folder in (plain, made.folder)]
+    assert parity.psnr(*pictures, peak=1.0) >= 25
+    start = Pipeline.load(plain).generate("a pizza", seed=3)
+    again = [ours(folder, 3, image=start, strength=0.3) for folder in (plain, made.folder)]
+    assert parity.psnr(*again, peak=1.0) >= 20  # its encoder as well
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])

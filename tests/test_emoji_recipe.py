@@ -401,7 +401,8 @@ def test_checkpoints_are_of_stable_diffusion(work):
     checkpoint = open_checkpoint(work / "emoji-sd")
     assert set(checkpoint.configs) == {"text_encoder", "unet", "vae"}
     assert checkpoint.scheduler["_class_name"] == "LCMScheduler"
-    assert open_checkpoint(work / "emoji-sd-base").scheduler["prediction_type"] == "v_prediction"
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(work / "emoji-sd-base" / "scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
     keys = json.loads((work / "emoji-sd" / "vae" / "config.json").read_text())
     assert keys["scaling_factor"] == latents.Latents.load(work).scale
 
@@ -466,7 +467,7 @@ def test_evaluation_reports_what_it_found(work):
     card = (work / "emoji-sd" / "README.md").read_text()
     assert tables in card
     assert open_checkpoint(work / "emoji-sd").license == "mit"
-    assert (work / "sheets" / "prompts.png").exists()
+    assert (work / "emoji-sd" / "samples" / "prompts.png").exists()
 
 
 def test_prompts_ask_for_shown_and_for_withheld_colours(shapes):

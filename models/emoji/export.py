@@ -3,7 +3,8 @@
     python models/emoji/export.py WORK
 
 WORK/emoji-sd         the few-step model: LCM U-Net, text encoder, VAE, tokenizer, LCMScheduler
-WORK/emoji-sd-base    the same with the undistilled U-Net, for 20 guided steps of DPM-Solver++
+WORK/emoji-sd-base    the undistilled U-Net and its scheduler (DPM-Solver++, for 20 guided steps);
+                      the other parts are emoji-sd's
 WORK/emoji-sd-tiny    the tiny autoencoder (AutoencoderTiny)
 
 Each is written beside its place and then moved there.  They can be made while training still goes
@@ -16,6 +17,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -56,19 +58,25 @@ def base_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def pipeline(work: Path, recipe: Recipe, unet_stage: str, scheduler) -> StableDiffusionPipeline:
+def trained_unet(work: Path, recipe: Recipe, stage: str) -> torch.nn.Module:
+    """The U-Net as a stage saved it last, fp16."""
+    unet = make_unet(recipe)
+    load_weights(work, stage, unet=unet)
+    return unet.half()
+
+
+def few_step_pipeline(work: Path, recipe: Recipe) -> StableDiffusionPipeline:
     """The pipeline of what the stages saved last, fp16."""
-    unet, vae, text_encoder = make_unet(recipe), make_vae(recipe), make_text_encoder(recipe)
+    vae, text_encoder = make_vae(recipe), make_text_encoder(recipe)
     load_weights(work, "vae", vae=vae)
     load_weights(work, "diffusion", text_encoder=text_encoder)
-    load_weights(work, unet_stage, unet=unet)
     vae.register_to_config(scaling_factor=Latents.load(work).scale)
     return StableDiffusionPipeline(
-        unet=unet.half(),
+        unet=trained_unet(work, recipe, "distillation"),
         vae=vae.half(),
         text_encoder=text_encoder.half(),
         tokenizer=tokenizers.load(work),
-        scheduler=scheduler,
+        scheduler=lcm_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -90,6 +98,12 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path, tokenizer: Path) 
     path.write_text(json.dumps(config, indent=2))
 
 
+def save_base(work: Path, recipe: Recipe, folder: Path) -> None:
+    """Write the undistilled U-Net and its scheduler."""
+    trained_unet(work, recipe, "diffusion").save_pretrained(folder / "unet")
+    base_scheduler().save_pretrained(folder / "scheduler")
+
+
 def replaced(folder: Path, write) -> None:
     """Let `write` fill a new folder, then put that in the place of the old one."""
     temporary = folder.with_name(folder.name + ".tmp")
@@ -107,12 +121,10 @@ def weights_size(folder: Path) -> int:
 def main(work: Path, recipe: Recipe) -> None:
     tiny = make_tiny_vae()
     load_weights(work, "tiny_vae", vae=tiny)
-    few = pipeline(work, recipe, "distillation", lcm_scheduler())
-    base = pipeline(work, recipe, "diffusion", base_scheduler())
-    tokenizer = work / "tokenizer"
+    few = few_step_pipeline(work, recipe)
     made = {
-        "emoji-sd": lambda folder: save_pipeline(few, folder, tokenizer),
-        "emoji-sd-base": lambda folder: save_pipeline(base, folder, tokenizer),
+        "emoji-sd": lambda folder: save_pipeline(few, folder, work / "tokenizer"),
+        "emoji-sd-base": lambda folder: save_base(work, recipe, folder),
         "emoji-sd-tiny": lambda folder: tiny.half().save_pretrained(folder),
     }
     for name, write in made.items():
