@@ -1,9 +1,11 @@
-"""Text encoder and U-Net, trained together from nothing: v-prediction with min-SNR weights.
+"""Text encoder and U-Net, trained together from nothing: v-prediction, weighted by noise.
 
     python models/emoji/diffusion.py WORK
 
-Salimans and Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR, gamma 5); Ho and Salimans 2022
-(captions left out, for guidance).
+Salimans and Ho 2022 (v-prediction); Ho and Salimans 2022 (captions left out, for guidance).  The
+weights are gamma / (gamma + SNR).  Those of Hang et al. 2023 (min-SNR) fall off like these where
+there is little noise, but also where there is much: there the caption alone decides what is
+drawn, and a model of few steps begins there.
 """
 
 from __future__ import annotations
@@ -90,8 +92,7 @@ def main(work: Path, recipe: Recipe) -> None:
     unet, text_encoder = accelerate(make_unet(recipe)), make_text_encoder(recipe)
     vae = load_decoder(work, recipe)
     shown_tokens = tokenizers.token_ids(tokenizer, [*PROMPTS, *[""] * len(PROMPTS)])
-    ratio = ALPHAS / (1 - ALPHAS)
-    weights = ratio.clamp(max=GAMMA) / (ratio + 1)
+    weights = GAMMA / (GAMMA + ALPHAS / (1 - ALPHAS))
 
     def loss(rng: torch.Generator) -> dict[str, torch.Tensor]:
         batch = latents.draw(recipe.diffusion.batch, rng, data, tokenizer, UNSAID)
