@@ -21,6 +21,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from ferrotype.convert import convert
 from ferrotype.convert.checkpoint import open_checkpoint
 from ferrotype.models.emoji import (
     config,
@@ -468,6 +469,13 @@ def test_evaluation_reports_what_it_found(work):
     assert tables in card
     assert open_checkpoint(work / "emoji-sd").license == "mit"
     assert (work / "emoji-sd" / "samples" / "prompts.png").exists()
+
+
+def test_a_bundle_is_judged_in_the_same_way(work):
+    made = convert(work / "emoji-sd", work / "emoji.ferro", "native").folder
+    found = evaluate.evaluate_bundle(work, TINY, made)
+    assert 0 <= found["right"] <= 100
+    assert found["background"] <= 100
 
 
 def test_prompts_ask_for_shown_and_for_withheld_colours(shapes):

@@ -1,6 +1,7 @@
 """How well the checkpoint draws what it is asked for, measured with diffusers in fp32.
 
     python models/emoji/evaluate.py WORK [--report benchmarks/results/emoji.md]
+    python models/emoji/evaluate.py WORK --bundle models/emoji.ferro    # only how often it is right
 
 For every third thing: "NAME", and "NAME on a COLOUR background" on a colour it was shown on and on
 one that was withheld from it, drawn in 4 steps, and the first also in 1, 2 and 8.  A picture is
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 
@@ -42,6 +44,7 @@ from ferrotype.models.emoji.latents import Latents
 from ferrotype.models.emoji.networks import encode
 from ferrotype.models.emoji.training import Progress, save_sheet
 from ferrotype.models.emoji.vae import psnr
+from ferrotype.runtime.pipeline import Pipeline
 
 EVERY = 3  # things; of about 1,300
 BATCH = 16
@@ -211,6 +214,19 @@ def evaluate(work: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
     return rows
 
 
+@torch.no_grad()
+def evaluate_bundle(work: Path, recipe: Recipe, folder: Path) -> dict[str, float]:
+    """How often the pictures of a bundle are right, without a colour in the prompt."""
+    data, pipe = Data.load(work), Pipeline.load(folder)
+    asked = ask(data, range(0, len(data), EVERY), lambda thing: None)
+    side = (recipe.size, recipe.size)
+    drawn = [pipe.generate(p, seed=i, size=side) for i, p in enumerate(asked.prompts)]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn]))
+    vae = AutoencoderKL.from_pretrained(work / "emoji-sd" / "vae").float()
+    pictures = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    return judged(Judge(vae, data, recipe.size), pictures, asked)
+
+
 def decoded_psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     """dB of what the VAE makes of pictures, mean over them."""
     decoded = torch.cat([vae.decode(z).sample for z in encode(vae, pictures).split(BATCH)])
@@ -291,8 +307,12 @@ def write_report(path: Path, tables: str) -> None:
 def main() -> None:
     parser = arguments()
     parser.add_argument("--report", type=Path, help="Markdown file to write as well")
+    parser.add_argument("--bundle", type=Path, help="judge this one instead of the checkpoint")
     given = parser.parse_args()
     recipe = begin(given.work, given.smoke)
+    if given.bundle:
+        print(given.bundle, evaluate_bundle(given.work, recipe, given.bundle))
+        return
     rows = evaluate(given.work, recipe)
     (given.work / "evaluation.json").write_text(json.dumps(rows, indent=1))
     tables = result_tables(rows, given.work, recipe)

@@ -24,7 +24,9 @@ from ferrotype.runtime.tokenizer import Tokenizer
 from ferrotype.tests.conformance import unicode
 
 HERE = Path(__file__).parent
-FLOOR = 45.0  # dB, of latents and pictures
+# dB, of latents and pictures.  Engines that compute in int8 round some values the other way,
+# which guidance doubles: instruction sets are 42 to 52 dB apart there.
+FLOORS = {EMBEDDED_ONNX.name: 45.0, EMBEDDED.name: 40.0}
 CHUNKS = 3
 
 PROMPTS = [
@@ -157,7 +159,7 @@ def vectors() -> dict[str, bytes]:
         "seeds.json": lines({"file": "seeds.bin"}, "seeds", listed),
         "seeds.bin": values,
         "tables.json": lines({}, "tables", tables()),
-        "pictures.json": lines({"floor": FLOOR}, "pictures", [case for case, _ in drawn]),
+        "pictures.json": lines({"floors": FLOORS}, "pictures", [case for case, _ in drawn]),
         **{case["file"]: data for case, data in drawn},
     }
 

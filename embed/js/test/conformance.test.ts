@@ -75,7 +75,8 @@ const engines: [string, Ort, boolean][] = [
 for (const [name, ort, byPath] of engines) {
   test(`latents after each step and the picture, onnxruntime of ${name}`, async () => {
     wasm.env.wasm.numThreads = 1;
-    const { floor, pictures } = json("pictures.json");
+    const { floors, pictures } = json("pictures.json");
+    const floor = floors["emoji-onnx.ferro"];
     const bundle = await open(root("models/emoji-onnx.ferro"));
     const cases = pictures.filter((picture: any) => picture.bundle === "emoji-onnx.ferro");
     assert.equal(cases.length, 2);
