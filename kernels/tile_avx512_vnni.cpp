@@ -20,7 +20,9 @@ using avx512::V;
 struct Dot {
     typedef int32_t I __attribute__((vector_size(64))); // of __m512i, gcc 12 makes copies
     static constexpr int BURN = 12;
-    static I start(int32_t sum) { return I(_mm512_set1_epi32(-128 * sum)); }
+    static I start(int32_t sum) { // a program made to harm has any sum: it wraps
+        return I(_mm512_set1_epi32(int32_t(0u - 128u * uint32_t(sum))));
+    }
     static __m512i activation(const char *p) { // four, to every lane
         int32_t x;
         memcpy(&x, p, 4);

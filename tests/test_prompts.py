@@ -22,7 +22,7 @@ from ferrotype.runtime.pipeline import EMBEDDED, EMBEDDED_ONNX, Pipeline, Prompt
 from ferrotype.runtime.prompts import Span, parse
 from ferrotype.runtime.tokenizer import Tokenizer
 
-LONG = ", ".join(f"{n} red apples on {n + 1} blue plates" for n in range(12))  # 3 chunks
+LONG = ", ".join(f"{n} red apples on {n + 1} blue plates" for n in range(15))  # 3 chunks
 
 # --- the syntax ---------------------------------------------------------------------------------
 
