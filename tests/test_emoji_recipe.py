@@ -33,6 +33,7 @@ from ferrotype.models.emoji import (
     fast,
     latents,
     networks,
+    resume,
     tiny_vae,
     tokenizer,
     training,
@@ -440,6 +441,39 @@ def test_a_finished_stage_does_not_train_on(work):
     before = (work / "vae.safetensors").read_bytes()
     vae.main(work, TINY)
     assert (work / "vae.safetensors").read_bytes() == before
+
+
+def test_checkpoints_can_be_trained_on(work, shapes, tmp_path, monkeypatch):
+    """Without the folder they were trained in: weights, progress, and latents of their scale."""
+    rows = {
+        "vae": "loss 0.5, psnr 20",
+        "diffusion": "loss 0.25, v 0.75",
+        "distillation": "loss 0.1",
+        "tiny_vae": "loss 0.2",
+    }
+    table = "\n".join(f"| {name} | 1,002 | 64 | 2.67 | {told} |" for name, told in rows.items())
+    (tmp_path / "emoji.md").write_text(table)
+    monkeypatch.setattr(resume, "CHECKPOINTS", work)
+    monkeypatch.setattr(resume, "RESULTS", tmp_path / "emoji.md")
+    monkeypatch.setattr(fast, "kernel", lambda: None)
+    again = tmp_path / "again"
+    again.mkdir()
+    data.save_data(again, *shapes)
+    resume.main(again, TINY)
+    for name in rows:
+        before, after = (networks.load_file(f / f"{name}.safetensors") for f in (work, again))
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            torch.testing.assert_close(after[key], value, atol=1e-3, rtol=1e-3)
+    assert latents.Latents.load(again).scale == latents.Latents.load(work).scale
+    done = training.Progress.of(again, "diffusion")
+    assert (done.steps, done.core_seconds) == (1002, 2.67 * 3600)
+    assert done.means == {"loss": 0.25, "v": 0.75}
+    diffusion.main(again, replace(TINY, diffusion=replace(TWO_STEPS, steps=1003)))
+    assert training.Progress.of(again, "diffusion").steps == 1003
+    kept = (again / "diffusion.safetensors").read_bytes()
+    resume.main(again, TINY)
+    assert (again / "diffusion.safetensors").read_bytes() == kept
 
 
 def test_the_judge_knows_the_data_set_and_its_colours(work, shapes):

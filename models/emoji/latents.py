@@ -27,7 +27,8 @@ def colours_of(thing: int, count: int) -> list[int]:
     return [white] * whites + [others[i % len(others)] for i in range(count - whites)]
 
 
-def main(work: Path, recipe: Recipe) -> None:
+def main(work: Path, recipe: Recipe, scale: float | None = None) -> None:
+    """Write WORK/latents.pt; a `scale` that a U-Net has learned with is kept."""
     if (work / "latents.pt").exists():
         return
     data = Data.load(work)
@@ -42,7 +43,7 @@ def main(work: Path, recipe: Recipe) -> None:
         at = Placement.drawn(colours.flatten()[part], rng)
         parts.append(encode(vae, composite(data.rgba[things[part]], at, recipe.size)).half())
     latents = torch.cat(parts).unflatten(0, colours.shape)
-    scale = round(1 / latents.float().std().item(), 4)
+    scale = scale or round(1 / latents.float().std().item(), 4)
     torch.save({"latents": latents, "colours": colours, "scale": scale}, work / "latents.tmp")
     (work / "latents.tmp").rename(work / "latents.pt")
     print(f"{len(things)} latents, scaling factor {scale}")

@@ -143,6 +143,20 @@ class Optimizer:
         self.use(averaged=False)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage has come: steps, seconds of one core, running means of its figures."""
+
+    steps: int
+    core_seconds: float
+    means: dict[str, float]
+
+    @classmethod
+    def of(cls, work: Path, name: str) -> Progress:
+        state = torch.load(work / f"{name}.state", weights_only=True, mmap=True)
+        return cls(state["optimizer"]["step"], state["core_seconds"], state["means"])
+
+
 Loss = Callable[[torch.Generator], dict[str, torch.Tensor]]
 
 
@@ -188,36 +202,32 @@ def train(
                 f"{name} {step}/{training.steps} {told} ({speed:.2f}/s, {left:.0f} min)", flush=True
             )
         if time.monotonic() - saved_at >= save_every or step == training.steps:
-            progress = {"means": means, "core_seconds": spent + time.process_time()}
-            _save(work, name, optimizer, {"rng": rng.get_state(), **progress}, preview)
+            save_state(
+                work, name, optimizer, rng, Progress(step, spent + time.process_time(), means)
+            )
+            _save_preview(work, name, optimizer, preview)
             saved_at = time.monotonic()
 
 
-def _save(work: Path, name: str, optimizer: Optimizer, rest: dict, preview) -> None:
-    torch.save({"optimizer": optimizer.state(), **rest}, work / f"{name}.state.tmp")
+def save_state(
+    work: Path, name: str, optimizer: Optimizer, rng: torch.Generator, progress: Progress
+) -> None:
+    """Write WORK/NAME.state, from which `train` goes on, and the averaged weights beside it."""
+    rest = {"means": progress.means, "core_seconds": progress.core_seconds}
+    state = {"optimizer": optimizer.state(), "rng": rng.get_state(), **rest}
+    torch.save(state, work / f"{name}.state.tmp")
     save_file(optimizer.averaged(), work / f"{name}.safetensors.tmp")
     for suffix in ("state", "safetensors"):
         (work / f"{name}.{suffix}.tmp").rename(work / f"{name}.{suffix}")
+
+
+def _save_preview(work: Path, name: str, optimizer: Optimizer, preview) -> None:
     optimizer.use(averaged=True)
     with torch.no_grad():
         pictures = preview()
     optimizer.use(averaged=False)
     if pictures is not None:
         save_sheet(pictures, work / f"{name}.png")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come: steps, seconds of one core, running means of its figures."""
-
-    steps: int
-    core_seconds: float
-    means: dict[str, float]
-
-    @classmethod
-    def of(cls, work: Path, name: str) -> Progress:
-        state = torch.load(work / f"{name}.state", weights_only=True, mmap=True)
-        return cls(state["optimizer"]["step"], state["core_seconds"], state["means"])
 
 
 def save_sheet(pictures: torch.Tensor, path: Path, columns: int = 12) -> None:
