@@ -57,7 +57,7 @@ FULL = Recipe(
     vocabulary=2048,
     variants=16,
     vae=Training(steps=2_800, batch=12, rate=2e-3, ema=0.998),
-    diffusion=Training(steps=5_300, batch=64, rate=2e-3, ema=0.999),
+    diffusion=Training(steps=9_200, batch=64, rate=2e-3, ema=0.999, cooldown=0.4),
     distillation=Training(steps=600, batch=48, rate=5e-4, ema=0.99, decay=0.0),
     tiny_vae=Training(steps=1_500, batch=8, rate=2e-3, ema=0.998),
 )
