@@ -104,18 +104,20 @@ class Process:
         return found
 
     def close(self) -> None:
-        """End it, at once if it is busy with what nobody waits for any more."""
+        """End it, at once if it is busy with what nobody waits for any more or if interrupted."""
         if self._busy:
             self._process.kill()
         with contextlib.suppress(OSError):
             self._requests.close()  # the end of its input
         try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._answers.close()
-        self._listener.join(PATIENCE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._answers.close()
+            self._listener.join(PATIENCE)
 
     def _lose_patience(self) -> None:
         self._late = True
