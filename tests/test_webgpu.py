@@ -19,17 +19,9 @@ PAGE = """<!doctype html><meta charset=utf-8><title>t</title><link rel=icon href
 import * as ort from "./ort/ort.webgpu.bundle.min.mjs";
 import { Pipeline, fromUrl, open } from "./ferrotype/index.js";
 ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
-// onnxruntime's attention is wrong in subgroups of 4, which the software adapter has: none, then.
-const limits = ["maxBufferSize", "maxStorageBufferBindingSize", "maxComputeWorkgroupStorageSize",
-  "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX"];
-async function withoutSubgroups() {
-  const adapter = await navigator.gpu.requestAdapter();
-  const requiredLimits = Object.fromEntries(limits.map((name) => [name, adapter.limits[name]]));
-  return { name: "webgpu", device: await adapter.requestDevice({ requiredLimits }) };
-}
 window.draw = async (prompt, options) => {
   const bundle = await open(fromUrl(new URL("bundle/", location.href).href));
-  const session = { executionProviders: [await withoutSubgroups()] };
+  const session = { executionProviders: ["webgpu"] };
   const pipe = new Pipeline(bundle, { ort, session });
   const { width, height, data } = await pipe.generate(prompt, options);
   await pipe.release();

@@ -3,6 +3,7 @@ import type { InferenceSession, Tensor, TensorConstructor } from "onnxruntime-co
 import type { Bundle, ReadOptions } from "./bundle.js";
 import { BundleError, OptionError, PipelineError, printable } from "./errors.js";
 import type { Component, TensorSpec } from "./manifest.js";
+import { withDevice } from "./webgpu.js";
 
 /** onnxruntime-web, onnxruntime-node or onnxruntime-react-native: the module, imported by the app. */
 export interface Ort {
@@ -53,8 +54,8 @@ export class Engine {
   ): Promise<Engine> {
     const spec = bundle.component(component);
     const model = `${spec.path}/${MODEL}`;
-    const all = { ...SESSION, ...options };
     try {
+      const all = { ...SESSION, ...(await withDevice(options)) };
       let session: InferenceSession;
       if (byPath) {
         if (!bundle.source.locate) throw new OptionError(`${bundle.source.name} has no paths`);

@@ -36,6 +36,7 @@ import { toPicture } from "../src/pictures.js";
 import { sample } from "../src/samplers.js";
 import { fma } from "../src/seeds.js";
 import { plainSha256, sha256 } from "../src/sha256.js";
+import { withDevice } from "../src/webgpu.js";
 import { root } from "./tools.js";
 
 const EMOJI = root("models/emoji-onnx.ferro");
@@ -410,4 +411,69 @@ test("pixels are rounded half to even and cut off", () => {
   const rgb = [...toPicture(planes, 3, 1).data].filter((_, i) => i % 4 !== 3);
   // 127.5 + 127.5 * value: 0, 255, 127.5 | 1.275, over, under | 128, 153, 130
   assert.deepEqual(rgb, [0, 1, 128, 255, 255, 153, 128, 0, 130]);
+});
+
+/** A `navigator.gpu` with one adapter, and the devices that were asked of it. */
+function fakeGpu(features: string[], subgroupMinSize?: number, adapter = true) {
+  const asked: GPUDeviceDescriptor[] = [];
+  let lose!: () => void;
+  const gpu = {
+    requestAdapter: async () =>
+      adapter
+        ? {
+            features: new Set(features),
+            info: { subgroupMinSize },
+            limits: { maxBufferSize: 2 ** 31 },
+            requestDevice: async (descriptor: GPUDeviceDescriptor) => {
+              asked.push(descriptor);
+              return { lost: new Promise<void>((resolve) => (lose = resolve)) };
+            },
+          }
+        : null,
+  };
+  return { gpu: gpu as unknown as GPU, asked, lose: () => lose() };
+}
+
+const asksForWebGpu = { executionProviders: ["webgpu", "wasm"] };
+
+test("WebGPU with narrow subgroups gets one device without them for all sessions", async () => {
+  const fake = fakeGpu(["subgroups", "shader-f16", "timestamp-query"], 4);
+  const first = await withDevice(asksForWebGpu, fake.gpu);
+  const other = await withDevice({ executionProviders: [{ name: "webgpu" }] }, fake.gpu);
+  assert.equal(fake.asked.length, 1);
+  assert.deepEqual(fake.asked[0]!.requiredFeatures, ["shader-f16"]);
+  assert.equal(fake.asked[0]!.requiredLimits!["maxBufferSize"], 2 ** 31);
+  const [provider, wasm] = first.executionProviders! as [{ name: string; device: object }, string];
+  assert.equal(provider.name, "webgpu");
+  assert.equal(wasm, "wasm");
+  assert.equal((other.executionProviders![0] as typeof provider).device, provider.device);
+
+  fake.lose();
+  await new Promise((resolve) => setTimeout(resolve));
+  const again = await withDevice(asksForWebGpu, fake.gpu);
+  assert.notEqual((again.executionProviders![0] as typeof provider).device, provider.device);
+  assert.equal(fake.asked.length, 2);
+});
+
+test("a width of subgroups that is not said counts as narrow", async () => {
+  const fake = fakeGpu(["subgroups"]);
+  await withDevice(asksForWebGpu, fake.gpu);
+  assert.deepEqual(fake.asked[0]!.requiredFeatures, []);
+});
+
+test("onnxruntime chooses the device where its attention is right, or the app has chosen", async () => {
+  const narrow = fakeGpu(["subgroups"], 4);
+  const own = { executionProviders: [{ name: "webgpu", device: {} as GPUDevice }] };
+  for (const [options, fake] of [
+    [asksForWebGpu, fakeGpu(["subgroups"], 8)],
+    [asksForWebGpu, fakeGpu(["shader-f16"])],
+    [asksForWebGpu, fakeGpu([], undefined, false)],
+    [own, narrow],
+    [{ executionProviders: ["wasm"] }, narrow],
+    [{}, narrow],
+  ] as const) {
+    assert.deepEqual(await withDevice(options, fake.gpu), options);
+    assert.equal(fake.asked.length, 0);
+  }
+  assert.equal(await withDevice(asksForWebGpu, undefined), asksForWebGpu);
 });
