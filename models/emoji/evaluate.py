@@ -40,7 +40,6 @@ from ferrotype.models.emoji.data import (
     with_article,
 )
 from ferrotype.models.emoji.export import MEGABYTE, weights_size
-from ferrotype.models.emoji.latents import Latents
 from ferrotype.models.emoji.networks import encode
 from ferrotype.models.emoji.training import Progress, save_sheet
 from ferrotype.models.emoji.vae import psnr
@@ -295,7 +294,8 @@ def result_tables(rows: dict[str, dict[str, float]], work: Path, recipe: Recipe)
 def write_card(work: Path, data: Data, tables: str) -> None:
     """The checkpoint's README.md from card.md, and the names it knows."""
     card = string.Template(Path(__file__).with_name("card.md").read_text())
-    scale = Latents.load(work).scale
+    vae = json.loads((work / "emoji-sd" / "vae" / "config.json").read_text())
+    scale = vae["scaling_factor"]
     text = card.substitute(things=f"{len(data):,}", scale=scale, tables=tables)
     (work / "emoji-sd" / "README.md").write_text(text)
     names = "".join("; ".join(names) + "\n" for names in data.names)
