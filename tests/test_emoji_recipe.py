@@ -508,8 +508,9 @@ def test_evaluation_reports_what_it_found(work):
 def test_a_bundle_is_judged_in_the_same_way(work):
     made = convert(work / "emoji-sd", work / "emoji.ferro", "native").folder
     found = evaluate.evaluate_bundle(work, TINY, made)
-    assert 0 <= found["right"] <= 100
-    assert found["background"] <= 100
+    assert set(found) == {"NAME"}  # nothing there has a second one
+    assert 0 <= found["NAME"]["right"] <= 100
+    assert found["NAME"]["background"] <= 100
 
 
 def test_prompts_ask_for_shown_and_for_withheld_colours(shapes):
@@ -521,3 +522,10 @@ def test_prompts_ask_for_shown_and_for_withheld_colours(shapes):
         ] * 12
         assert asked.prompts[0].endswith(f"{data.COLOUR_NAMES[asked.colours[0]]} background")
     assert evaluate.ask(known, [3], lambda thing: None).prompts == ["a thing d"]
+
+
+def test_second_names_are_asked_for_where_there_are_some():
+    known = data.Data(torch.zeros(3, 4, 8, 8), [["fox face", "fox"], ["bus"], ["egg", "ovum"]], [])
+    second = evaluate.ask_second(known, range(3))
+    assert (second.things, second.prompts) == ([0, 2], ["a fox", "an ovum"])
+    assert second.colours == [0, 0]

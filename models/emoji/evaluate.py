@@ -101,6 +101,11 @@ def ask(
     return Asked(list(things), [c or 0 for c in colours], prompts)
 
 
+def ask_second(data: Data, things: Sequence[int]) -> Asked:
+    """A prompt without a colour for each thing that has a second name, by that."""
+    return ask(data, [t for t in things if len(data.names[t]) > 1], lambda thing: None, name=1)
+
+
 def one_colour(seen: bool) -> Callable[[int], int]:
     """A colour, not white, that the thing was or was not shown on; another for each thing."""
 
@@ -195,9 +200,8 @@ def evaluate(work: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
     for steps in OTHER_STEPS:
         pictures = draw(pipe, plain.prompts, recipe.size, 0, steps)
         rows[f"NAME, steps: {steps}"] = judged(judge, pictures, plain)
-    known_otherwise = [thing for thing in things if len(data.names[thing]) > 1]
-    second = ask(data, known_otherwise, lambda thing: None, name=1)
-    rows[SECOND] = judged(judge, draw(pipe, second.prompts, recipe.size, 0), second)
+    if (second := ask_second(data, things)).prompts:
+        rows[SECOND] = judged(judge, draw(pipe, second.prompts, recipe.size, 0), second)
     withheld = sets["NAME on a COLOUR withheld from it"]
     placed = Placement.drawn(torch.tensor(withheld.colours), torch.Generator().manual_seed(0))
     real = composite(data.rgba[withheld.things], placed, recipe.size)
@@ -220,16 +224,22 @@ def evaluate(work: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def evaluate_bundle(work: Path, recipe: Recipe, folder: Path) -> dict[str, float]:
-    """How often the pictures of a bundle are right, without a colour in the prompt."""
+def evaluate_bundle(work: Path, recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
+    """Rows of how often the pictures of a bundle are right, without a colour in the prompt."""
     data, pipe = Data.load(work), Pipeline.load(folder)
-    asked = ask(data, range(0, len(data), EVERY), lambda thing: None)
-    side = (recipe.size, recipe.size)
-    drawn = [pipe.generate(p, seed=i, size=side) for i, p in enumerate(asked.prompts)]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn]))
+    things, side = range(0, len(data), EVERY), (recipe.size, recipe.size)
     vae = AutoencoderKL.from_pretrained(work / "emoji-sd" / "vae").float()
-    pictures = pixels.permute(0, 3, 1, 2) / 127.5 - 1
-    return judged(Judge(vae, data, recipe.size), pictures, asked)
+    judge = Judge(vae, data, recipe.size)
+    rows: dict[str, dict[str, float]] = {}
+    for name, asked in {
+        "NAME": ask(data, things, lambda thing: None),
+        SECOND: ask_second(data, things),
+    }.items():
+        drawn = [pipe.generate(p, seed=i, size=side) for i, p in enumerate(asked.prompts)]
+        if drawn:
+            pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn]))
+            rows[name] = judged(judge, pixels.permute(0, 3, 1, 2) / 127.5 - 1, asked)
+    return rows
 
 
 def decoded_psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
@@ -317,7 +327,8 @@ def main() -> None:
     given = parser.parse_args()
     recipe = begin(given.work, given.smoke)
     if given.bundle:
-        print(given.bundle, evaluate_bundle(given.work, recipe, given.bundle))
+        for name, row in evaluate_bundle(given.work, recipe, given.bundle).items():
+            print(f"{name}: right {row['right']:.1f} %, background {row['background']:.1f} %")
         return
     rows = evaluate(given.work, recipe)
     (given.work / "evaluation.json").write_text(json.dumps(rows, indent=1))
