@@ -85,9 +85,10 @@ def measured():
     Without what libraries gained: the system may have taken their pages before, and where a new
     one is touched newer kernels map up to 2 MiB of a file that was just written.  HOST is for it.
     """
+    code, found = libraries(), []  # first, for reading it takes memory too
     gc.collect()
     memory.trim()
-    before, code, found = memory.read().resident, libraries(), []
+    before = memory.read().resident
     if not memory.reset_peak():
         pytest.skip("the kernel does not let the peak begin anew")
     yield found
@@ -98,12 +99,13 @@ def measured():
 def libraries():
     """Bytes of mapped libraries that are in memory."""
     total, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "Rss":
-            total += int(value.split()[0]) * KIB * counts
-        elif "-" in name:  # the head of the next mapping: addresses, ..., path
-            counts = ".so" in line
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == "Rss":
+                total += int(value.split()[0]) * KIB * counts
+            elif "-" in name:  # the head of the next mapping: addresses, ..., path
+                counts = ".so" in line
     return total
 
 
