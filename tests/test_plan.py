@@ -80,33 +80,14 @@ def draw(pipe, **arguments):
 
 @contextlib.contextmanager
 def measured():
-    """What follows as bytes over what the process has now, in a list of one.
-
-    Without what libraries gained: the system may have taken their pages before, and where a new
-    one is touched newer kernels map up to 2 MiB of a file that was just written.  HOST is for it.
-    """
-    code, found = libraries(), []  # first, for reading it takes memory too
+    """What follows as bytes over what the process has now, in a list of one."""
     gc.collect()
     memory.trim()
-    before = memory.read().resident
+    before, found = memory.read().resident, []
     if not memory.reset_peak():
         pytest.skip("the kernel does not let the peak begin anew")
     yield found
-    peak = memory.read().peak
-    found.append(peak - before - max(0, libraries() - code))
-
-
-def libraries():
-    """Bytes of mapped libraries that are in memory."""
-    total, counts = 0, False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name == "Rss":
-                total += int(value.split()[0]) * KIB * counts
-            elif "-" in name:  # the head of the next mapping: addresses, ..., path
-                counts = ".so" in line
-    return total
+    found.append(memory.read().peak - before)
 
 
 def smallest(bundle, run, threads=None, **more):
