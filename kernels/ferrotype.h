@@ -110,7 +110,8 @@ struct ft_op {
     int32_t side, stride, pad; /* matmul; pad 1 reads a border above and left, 0 does not */
     int32_t upsample, geglu, late;
     int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
-                                  * products; 1: where that is faster, 2: wherever it can be */
+                                  * products; 1: where that is faster, 2: wherever it can be,
+                                  * 3: the same but on a matrix unit, where 1 never is */
     int32_t narrow;              /* matmul of I8: each pixel of a (and b) is rounded to int8 with a
                                   * scale of its own, and integers are multiplied; attention: both
                                   * products are of int8 */

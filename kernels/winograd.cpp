@@ -203,7 +203,7 @@ bool winograd_fits(const ft_op &op, const Kernels &kernels) {
                         (op.a.type == FT_F32 && weights != FT_BF16);
     return op.winograd && types && op.side == 3 && op.stride == 1 && !op.upsample && !op.geglu &&
            !op.b.h && op.a.border && op.out.h % 2 == 0 && op.out.w % 2 == 0 &&
-           (op.winograd == 2 || int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES) &&
+           (op.winograd >= 2 || int64_t(op.out.h) * op.out.w / 4 >= LEAST_TILES) &&
            op.a.c >= LEAST_CHANNELS && op.out.c >= LEAST_CHANNELS;
 }
 

@@ -169,7 +169,8 @@ def _steps(node: Node, winograd: Uses) -> Iterator[_Step]:
     else:
         settings = dict(node.settings)
         if settings.get("winograd"):
-            settings["winograd"] = 2 if winograd(node) else 0
+            # 3: of however few tiles, but not on a matrix unit, which the whole is not run so on
+            settings["winograd"] = 3 if winograd(node) else 0
         yield _Step(dataclasses.replace(node, settings=settings))
 
 
