@@ -111,7 +111,7 @@ struct ft_op {
     int32_t upsample, geglu, late;
     int32_t winograd;            /* matmul, 3x3 of stride 1 and even sides: fewer, less exact
                                   * products; 1: where that is faster, 2: wherever it can be,
-                                  * 3: the same but on a matrix unit, where 1 never is */
+                                  * 3: as 2, but never on a matrix unit (nor is 1) */
     int32_t narrow;              /* matmul of I8: each pixel of a (and b) is rounded to int8 with a
                                   * scale of its own, and integers are multiplied; attention: both
                                   * products are of int8 */
